@@ -1,0 +1,81 @@
+"""Checkpoints: anything that weights come from, and the one way they are written.
+
+A reference (`ref`) is one of
+
+| ref | meaning |
+|---|---|
+| `path/to/folder` | a folder with one checkpoint: safetensors, sharded, Diffusers-style, `pytorch_model.bin` |
+| `path/to/file.safetensors` | one file |
+| `path/to/file.pt`, `.bin`, `.pth`, `.ckpt` | a torch file of tensors only |
+| `path/to/file.pt::key` | the nested mapping `key` of a torch file |
+| `path/to/adapter` | a LoRA folder, where the command knows the base |
+| `BASE+ADAPTER` | a LoRA folder applied to a base, both refs |
+| `hf:org/name`, `hf:org/name@revision`, `org/name` | a hub repository (extra `hub`); a local path of that name wins |
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from merganser.checkpoints.folder import open_folder, open_weights
+from merganser.errors import RefError
+from merganser.types import Source
+
+__all__ = ["open_source"]
+
+_HUB_ID = re.compile(r"(?:hf:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> Source:
+    """Open a checkpoint by reference; headers are read and checked, tensors are not.
+
+    Args:
+        ref: see the table in this module.
+        base: what a bare adapter folder is applied to.
+
+    Raises:
+        RefError: If nothing is there, or it is ambiguous.
+        CheckpointError: If what is there is not a sound checkpoint.
+        AdapterError: If an adapter cannot be applied faithfully.
+    """
+    ref = os.fspath(ref)
+    name, _, key = ref.partition("::")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _open_local_folder(path, ref, base)
+    if path.exists():
+        return open_weights(path, ref, key or None)
+    if "+" in ref:
+        base_ref, _, adapter_ref = ref.rpartition("+")
+        return open_source(adapter_ref, base=open_source(base_ref))
+    hub_id = _HUB_ID.fullmatch(ref)
+    if ref.startswith("hf:") or (hub_id and not path.parent.exists()):
+        if hub_id is None:
+            raise RefError(
+                f"{ref} is not a hub reference", "write hf:organisation/name or hf:organisation/name@revision"
+            )
+        from merganser.checkpoints.hub import snapshot
+
+        return _open_local_folder(snapshot(hub_id["repo"], hub_id["revision"]), ref, base)
+    raise RefError(f"{ref} does not exist", _nearest(path))
+
+
+def _open_local_folder(folder: Path, ref: str, base: Source | None) -> Source:
+    if (folder / "adapter_config.json").is_file():
+        if base is None:
+            raise RefError(f"{ref} is an adapter, which needs a base", f"write BASE+{ref}")
+        from merganser.checkpoints.adapter import AdapterSource
+
+        return AdapterSource(folder, base, ref)
+    return open_folder(folder, ref)
+
+
+def _nearest(path: Path) -> str:
+    from difflib import get_close_matches
+
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either"
+    near = get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir()), n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else f"nothing in {path.parent} has such a name"

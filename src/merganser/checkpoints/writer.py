@@ -1,0 +1,291 @@
+"""Write a checkpoint folder so that it is there whole or not at all.
+
+All bytes go to a temporary sibling of the target; everything is flushed to disk; one rename makes it real. A process
+killed at any moment leaves the target as it was, and a leftover that the next writer to that place removes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from merganser.errors import OutputError
+from merganser.numerics import TORCH_DTYPES, raw_bytes
+from merganser.types import ITEM_BYTES, TensorInfo
+
+RECEIPT_NAME = "merganser.json"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class FolderTransaction:
+    """A folder that appears at `target` by one rename when `commit` is called, and never otherwise.
+
+    Args:
+        target: where the folder shall be.
+        overwrite: whether a folder that is there already may be replaced; it stays until the rename.
+
+    Raises:
+        OutputError: If the target exists and may not be replaced, is not a folder, or cannot be written.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+        self.target, self._overwrite = target, overwrite
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise OutputError(f"{target} exists and is not a folder")
+        if target.exists() and any(target.iterdir()) and not overwrite:
+            raise OutputError(f"{target} exists", "choose another name, or add --overwrite")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        except OSError as error:
+            raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
+        self.folder.chmod(0o777 & ~_umask())
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def commit(self) -> None:
+        """Flush, then rename."""
+        for path in sorted(self.folder.rglob("*")):
+            sync(path)
+        sync(self.folder)
+        if self.target.exists() and any(self.target.iterdir()):
+            if not self._overwrite:
+                raise OutputError(f"{self.target} appeared meanwhile", "choose another name")
+            _exchange(self.folder, self.target)
+            sync(self.target.parent)
+            shutil.rmtree(self.folder)  # now the old content
+        else:
+            self.folder.rename(self.target)  # replaces an empty folder too
+            sync(self.target.parent)
+        os.close(self._lock)
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        os.close(self._lock)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders in one step, so that there is no moment without `other`.
+
+    Raises:
+        OutputError: If this system or file system cannot.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(libc, "renameat2"):  # Linux
+        at_cwd, exchange = -100, 2
+        failed = libc.renameat2(at_cwd, names[0], at_cwd, names[1], exchange)
+    elif hasattr(libc, "renamex_np"):  # macOS
+        swap = 2
+        failed = libc.renamex_np(names[0], names[1], swap)
+    else:
+        failed = -1
+    if failed:
+        raise OutputError(f"{other} cannot be replaced in one step on this file system", "remove it first")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync(path: Path) -> None:
+    """Flush one file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary siblings of `target` whose writer is dead; a live writer holds a lock on its own."""
+    for leftover in sorted(target.parent.glob(f".{target.name}.partial-*")):
+        descriptor = os.open(leftover, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(leftover)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON for people to read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
+    """Names by file: in order, a new file where the next tensor would pass `shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in infos.items():
+        if shards[-1] and filled + info.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.nbytes
+    return shards
+
+
+class CheckpointWriter:
+    """Writes the tensors of one checkpoint in any order, from any thread, whole or by rows.
+
+    Used as a context manager: leaving it without `commit` removes everything.
+
+    Args:
+        target: folder to make.
+        infos: header of every tensor, which fixes the layout; written sorted by name.
+        aliases: tied names, declared in the metadata: alias -> name.
+        shard_bytes: size in bytes at which the next file is begun; a larger tensor gets a file of its own.
+        overwrite: replace a folder that is there.
+        stem: first part of the files' names.
+
+    Raises:
+        OutputError: If the target may not be written, or the disk lacks the room.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        infos: Mapping[str, TensorInfo],
+        *,
+        aliases: Mapping[str, str] | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+        stem: str = "model",
+    ) -> None:
+        self.target = target
+        self.infos = {name: infos[name] for name in sorted(infos)}
+        self._aliases, self._stem = dict(aliases or {}), stem
+        self._total_bytes = sum(info.nbytes for info in self.infos.values())
+        self._transaction = FolderTransaction(target, overwrite=overwrite)
+        try:
+            free = shutil.disk_usage(self._transaction.folder).free
+            if free < self._total_bytes:
+                raise OutputError(f"{target} needs {self._total_bytes:,} bytes, and the disk has {free:,} free")
+            self._open_files(shard_bytes)
+        except BaseException:
+            self._transaction.abort()
+            raise
+        self._hashes: dict[str, Any] = {name: hashlib.sha256() for name in self.infos}
+        self._written = dict.fromkeys(self.infos, 0)
+        self._lock = threading.Lock()
+        self._open = True
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder; files put here become part of the checkpoint."""
+        return self._transaction.folder
+
+    def _open_files(self, shard_bytes: int) -> None:
+        shards = plan_shards(self.infos, shard_bytes)
+        self._where: dict[str, tuple[Path, int]] = {}
+        self.files: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            tail = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            path = self.folder / f"{self._stem}{tail}.safetensors"
+            metadata = {"format": "pt"} | {a: n for a, n in sorted(self._aliases.items()) if n in names}
+            entries: dict[str, Any] = {"__metadata__": metadata}
+            position = 0
+            # Larger items first keeps every tensor aligned to its item size.
+            for name in sorted(names, key=lambda n: (-ITEM_BYTES[self.infos[n].dtype], n)):
+                info = self.infos[name]
+                entries[name] = {
+                    "dtype": info.dtype,
+                    "shape": list(info.shape),
+                    "data_offsets": [position, position + info.nbytes],
+                }
+                self._where[name] = (path, position)
+                self.files[name] = path.name
+                position += info.nbytes
+            text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+            text += b" " * (-len(text) % 8)
+            start = 8 + len(text)
+            with path.open("wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                file.truncate(start + position)
+            for name in names:
+                self._where[name] = (path, start + self._where[name][1])
+
+    def put(self, name: str, tensor: Tensor, start_row: int = 0) -> None:
+        """Write a tensor, or the rows of it from `start_row` on; rows of one tensor come in order.
+
+        Raises:
+            OutputError: If the disk is full.
+        """
+        info = self.infos[name]
+        data = raw_bytes(tensor.detach().to("cpu", TORCH_DTYPES[info.dtype]))
+        offset = start_row * (info.nbytes // info.rows) if info.rows else 0
+        if offset != self._written[name] or offset + len(data) > info.nbytes:
+            raise ValueError(f"{name}: bytes [{offset}, {offset + len(data)}) do not follow {self._written[name]}")
+        path, begin = self._where[name]
+        try:
+            with path.open("r+b", buffering=0) as file:
+                file.seek(begin + offset)
+                done = 0
+                while done < len(data):
+                    done += file.write(data[done:]) or 0
+        except OSError as error:
+            raise OutputError(f"{self.target} cannot be written: {error.strerror}") from error
+        self._hashes[name].update(data)
+        self._written[name] = offset + len(data)
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of every tensor's bytes."""
+        return {name: hashed.hexdigest() for name, hashed in self._hashes.items()}
+
+    def commit(self, receipt: Mapping[str, Any], companions: Iterable[Path] = ()) -> None:
+        """Add index, companions and receipt, flush all to disk, and rename the folder into place.
+
+        Raises:
+            OutputError: If a companion cannot be copied or the rename fails.
+        """
+        if unwritten := [n for n, info in self.infos.items() if self._written[n] != info.nbytes]:
+            raise ValueError(f"never written in full: {unwritten[:3]}")
+        try:
+            if len(set(self.files.values())) > 1:
+                index = {
+                    "metadata": {"total_size": self._total_bytes},
+                    "weight_map": self.files | {a: self.files[n] for a, n in sorted(self._aliases.items())},
+                }
+                write_json(self.folder / f"{self._stem}.safetensors.index.json", index)
+            for path in companions:
+                shutil.copyfile(path, self.folder / path.name)
+            write_json(self.folder / RECEIPT_NAME, receipt)
+            self._transaction.commit()
+        except OSError as error:
+            raise OutputError(f"{self.target} cannot be written: {error}") from error
+        self._open = False
+
+    def abort(self) -> None:
+        """Remove what was written, unless it was committed."""
+        if self._open:
+            self._open = False
+            self._transaction.abort()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()

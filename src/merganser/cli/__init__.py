@@ -1,0 +1,58 @@
+"""The command line: one module a family of commands. Nothing here imports torch before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from merganser.cli.checkpoint import convert, inspect
+from merganser.cli.fold import app as fold_app
+from merganser.cli.methods import methods
+from merganser.version import __version__
+
+app = typer.Typer(
+    name="merganser",
+    help="Merge fine-tuned neural networks without retraining, as they arrive.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Exit codes: 0 done; 1 a check found something wrong; 2 the input cannot be used, and nothing was changed.",
+)
+app.add_typer(fold_app, name="fold")
+app.command()(methods)
+app.command()(inspect)
+app.command()(convert)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one message and exit code 2."""
+    from merganser.errors import MerganserError
+
+    try:
+        app()
+    except MerganserError as error:
+        from rich.console import Console
+        from rich.markup import escape
+
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(f"[bold red]{type(error).__name__}[/]: {escape(error.message)}", highlight=False)
+        if error.hint:
+            console.print(f"[cyan]hint[/]: {escape(error.hint)}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was changed\n")
+        sys.exit(130)

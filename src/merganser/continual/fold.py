@@ -1,0 +1,393 @@
+"""Fold: one merged model of a base and the experts that have arrived, in a state of constant size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+from merganser.checkpoints import open_source
+from merganser.checkpoints.writer import FolderTransaction
+from merganser.continual.combine import combine
+from merganser.continual.export import export
+from merganser.continual.kinds import Kind, kind_of
+from merganser.continual.ledger import (
+    BASE_NAME,
+    LEDGER_NAME,
+    BaseRecord,
+    Contributor,
+    Ledger,
+    absolute_ref,
+    open_base,
+    read_base_record,
+    read_ledger,
+    short_name,
+    write_record,
+)
+from merganser.continual.measure import model_digest, tensor_digest
+from merganser.continual.passing import Cost, Pass, Result, prepare
+from merganser.continual.roles import assign_roles
+from merganser.continual.state import advance, bytes_on_disk, locked
+from merganser.continual.stream import Job, Progress, default_threads, run_jobs
+from merganser.continual.verify import Finding, verify
+from merganser.errors import ParameterError, StateError
+from merganser.methods import Sums
+from merganser.version import __version__
+
+
+class Fold:
+    """A continual merge on disk.
+
+    Args:
+        state: folder of the state.
+
+    Raises:
+        StateError: If the folder is no state.
+
+    >>> Fold("no/such/state")
+    Traceback (most recent call last):
+    merganser.errors.StateError: no/such/state does not exist
+    hint: merganser fold init BASE no/such/state
+    """
+
+    def __init__(self, state: str | Path) -> None:
+        self.path = Path(state)
+        self.ledger: Ledger = read_ledger(self.path)
+        self.record: BaseRecord = read_base_record(self.path)
+
+    @property
+    def kind(self) -> Kind:
+        """The continual side of this fold's method."""
+        return kind_of(self.ledger.method, self.ledger.settings, self.ledger.slots)
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the state on disk."""
+        return bytes_on_disk(self.path)
+
+    @classmethod
+    def init(
+        cls,
+        base: str | Path,
+        state: str | Path,
+        method: str = "gram",
+        *,
+        freeze: Sequence[str] = (),
+        matrix: Sequence[str] = (),
+        vector: Sequence[str] = (),
+        float64: bool = False,
+        sums_dtype: Literal["F32", "F64"] | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> Fold:
+        """Begin a fold over a base.
+
+        Args:
+            base: reference of the model that all experts were tuned from.
+            state: folder to make.
+            method: name in the table of methods.
+            freeze: patterns of tensor names that stay the base's.
+            matrix: patterns of names to merge as linear weights against the default.
+            vector: patterns of names to merge as vectors against the default.
+            float64: do all arithmetic in float64.
+            sums_dtype: type of the state on disk; by default F64 for sums over experts, so that what was added can
+                be removed without a trace, and F32 for other methods.
+            threads: tensors at a time; by default one a core.
+            progress: called as (bytes done, bytes in all).
+            settings: of the method, such as alpha=0.5.
+
+        Raises:
+            ParameterError: If the method or a setting is unknown or out of range.
+            RefError: If the base is not there.
+            OutputError: If the state folder exists.
+        """
+        kind = kind_of(method, settings)
+        ref = absolute_ref(str(base))
+        source = open_source(ref)
+        roles = assign_roles(source, freeze=freeze, matrix=matrix, vector=vector)
+        transaction = FolderTransaction(Path(state))
+        try:
+            jobs = [
+                Job(name, partial(tensor_digest, source, name), 2 * info.nbytes, info.nbytes)
+                for name, info in source.infos.items()
+            ]
+            digests = run_jobs(jobs, threads=threads or default_threads(), progress=progress)
+            ledger = Ledger(
+                version=__version__,
+                method=method,
+                settings=settings,
+                slots=kind.slots,
+                float64=float64,
+                sums_dtype=sums_dtype or ("F64" if float64 or isinstance(kind.method, Sums) else "F32"),
+                base_ref=ref,
+                base_digest=model_digest(source.infos, digests),
+            )
+            write_record(transaction.folder, BASE_NAME, BaseRecord(tensors=digests, roles=roles))
+            write_record(transaction.folder, LEDGER_NAME, ledger)
+            transaction.commit()
+        except BaseException:
+            transaction.abort()
+            raise
+        return cls(state)
+
+    def add(
+        self,
+        expert: str | Path,
+        *,
+        weight: float = 1.0,
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+        rename: Sequence[str] = (),
+        allow_nonfinite: bool = False,
+        allow_distant: bool = False,
+        base: str | Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Contributor:
+        """Take in one expert: one pass, memory of a few tensors.
+
+        Args:
+            expert: reference of a model tuned from the base, or of a LoRA adapter on it.
+            weight: factor of its change; any finite number, positive for `gram`.
+            name: what the ledger calls it; by default the last part of the reference.
+            ignore: patterns of tensor names to leave out.
+            rename: prefixes to replace, each as "OLD=NEW".
+            allow_nonfinite: count NaN and infinity in it as unchanged.
+            allow_distant: accept a change that is larger than the base.
+            base: where the base is, if it has moved.
+            device: where the arithmetic runs, such as "cuda".
+            threads: tensors at a time.
+            progress: called as (bytes done, bytes in all).
+
+        Returns:
+            The ledger's new entry.
+
+        Raises:
+            StateError: If it is in already, or seems to be tuned from another base; the state is as it was.
+            TensorError: If its tensors do not fit the base's.
+        """
+        self._check_weight(weight)
+        entry = _entry(expert, weight, name, ignore, rename)
+        with locked(self.path, write=True) as ledger:
+            if any(c.name == entry.name for c in ledger.contributors):
+                raise StateError(f"{entry.name} is in {self.path} already", "remove it first, or give another --name")
+            source = open_base(self.path, ledger, self.record, base)
+            step = prepare(
+                self.path,
+                ledger,
+                self.record,
+                self.kind,
+                source,
+                entry,
+                factor=weight,
+                t=len(ledger.contributors) + 1,
+                allow_nonfinite=allow_nonfinite,
+                device=device,
+            )
+            result = step.run(threads or default_threads(), progress)
+            with result.writer:
+                if twin := next((c for c in ledger.contributors if c.digest == result.digest), None):
+                    raise StateError(f"{expert} is in {self.path} already, as {twin.name}", "nothing was changed")
+                if result.change_norm > result.base_norm and not allow_distant:
+                    raise StateError(
+                        f"{expert} is further from the base ({result.change_norm:.4g}) than the base is from zero "
+                        f"({result.base_norm:.4g}), so it was hardly tuned from it",
+                        "check the base, or pass --allow-distant",
+                    )
+                entry = entry.model_copy(
+                    update={
+                        "digest": result.digest,
+                        "norm": abs(weight) * result.change_norm,
+                        "nonfinite": allow_nonfinite,
+                    }
+                )
+                self._commit(ledger, result, (*ledger.contributors, entry), entry)
+        return entry
+
+    def remove(self, expert: str | Path, **options: Any) -> Contributor:
+        """Take an expert out again, as if it had never come; its file is read once more.
+
+        Args:
+            expert: its name in the ledger, or where it is now if it has moved.
+            options: base, device, threads and progress as for `add`.
+
+        Returns:
+            The entry that was removed.
+
+        Raises:
+            StateError: If it is not in, its file has changed, or the method cannot remove; the state is as it was.
+        """
+        return self._change_weight(expert, None, **options)
+
+    def reweight(self, expert: str | Path, weight: float, **options: Any) -> Contributor:
+        """Give an expert another weight, as if it had come with it; its file is read once more.
+
+        Args:
+            expert: its name in the ledger, or where it is now if it has moved.
+            weight: the new factor.
+            options: base, device, threads and progress as for `add`.
+
+        Returns:
+            The ledger's new entry.
+
+        Raises:
+            StateError: As for `remove`.
+        """
+        self._check_weight(weight)
+        return self._change_weight(expert, weight, **options)
+
+    def _change_weight(
+        self,
+        expert: str | Path,
+        weight: float | None,
+        *,
+        base: str | Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Contributor:
+        """Set a weight; None removes the expert."""
+        with locked(self.path, write=True) as ledger:
+            if not self.kind.removable:
+                raise StateError(
+                    f"{ledger.method} cannot take an expert out of its state: every later step was built on it",
+                    "fold the others anew, or use a method of sums: merganser methods",
+                )
+            old = _find(ledger, expert, self.path)
+            others = tuple(c for c in ledger.contributors if c.name != old.name)
+            if weight is None and not others:
+                self._commit(ledger, None, (), old)
+                return old
+            entry = old if str(expert) == old.name else old.model_copy(update={"ref": absolute_ref(str(expert))})
+            source = open_base(self.path, ledger, self.record, base)
+            step = prepare(
+                self.path,
+                ledger,
+                self.record,
+                self.kind,
+                source,
+                entry,
+                factor=(weight or 0.0) - old.weight,
+                t=len(ledger.contributors),
+                allow_nonfinite=old.nonfinite,
+                device=device,
+            )
+            result = step.run(threads or default_threads(), progress)
+            with result.writer:
+                if result.digest != old.digest:
+                    raise StateError(f"{entry.ref} has changed since it was added as {old.name}", "nothing was changed")
+                if weight is None:
+                    self._commit(ledger, result, others, old)
+                    return old
+                entry = entry.model_copy(update={"weight": weight, "norm": abs(weight) * result.change_norm})
+                after = tuple(entry if c.name == old.name else c for c in ledger.contributors)
+                self._commit(ledger, result, after, entry)
+                return entry
+
+    def cost(self, expert: str | Path, *, threads: int | None = None, **options: Any) -> Cost:
+        """What adding an expert takes, from headers alone; nothing is written.
+
+        Args:
+            expert: as for `add`.
+            threads: as for `add`.
+            options: ignore, rename and base as for `add`.
+
+        Raises:
+            TensorError: If its tensors do not fit the base's.
+        """
+        with locked(self.path, write=False) as ledger:
+            source = open_base(self.path, ledger, self.record, options.get("base"))
+            entry = _entry(expert, 1.0, None, options.get("ignore", ()), options.get("rename", ()))
+            step = prepare(
+                self.path, ledger, self.record, self.kind, source, entry, factor=1, t=len(ledger.contributors) + 1
+            )
+            return step.cost(threads or default_threads())
+
+    def cost_of_next(self, *, threads: int | None = None, base: str | Path | None = None) -> Cost:
+        """What adding an expert of the base's own types takes; nothing but headers is read."""
+        source = open_base(self.path, self.ledger, self.record, base)
+        found = {name: name for name, role in self.record.roles.items() if role != "fixed"}
+        step = Pass(self.path, self.ledger, self.record, self.kind, source, source, found, 1, 1)
+        return step.cost(threads or default_threads())
+
+    def export(self, out: str | Path, method: str | None = None, **options: Any) -> Path:
+        """Write the merged model as an ordinary checkpoint folder; see `merganser.continual.export.export`."""
+        return export(self.path, Path(out), method, **options)
+
+    def verify(self, *, base: str | Path | None = None, threads: int | None = None) -> list[Finding]:
+        """Hash again everything that the state rests on; see `merganser.continual.verify.verify`."""
+        return verify(self.path, base=base, threads=threads)
+
+    @classmethod
+    def combine(cls, states: Sequence[str | Path], out: str | Path, *, threads: int | None = None) -> Fold:
+        """Add up states over one base into a new one; see `merganser.continual.combine.combine`."""
+        combine([Path(s) for s in states], Path(out), threads=threads)
+        return cls(out)
+
+    def _check_weight(self, weight: float) -> None:
+        method = self.kind.method
+        positive = isinstance(method, Sums) and method.positive
+        if not isfinite(weight) or (positive and weight <= 0):
+            wanted = "a positive number" if positive else "a finite number"
+            raise ParameterError(f"weight is {weight}; {self.ledger.method} needs {wanted}")
+
+    def _commit(
+        self, ledger: Ledger, result: Result | None, contributors: tuple[Contributor, ...], entry: Contributor
+    ) -> None:
+        """Make the new generation and its ledger the state; without a result, the state is empty again."""
+        generation = ledger.generation + 1
+        sums, merged_norm = None, 0.0
+        if result is not None:
+            sums, merged_norm = result.writer.target.name, result.merged_norm
+            result.writer.commit(
+                {
+                    "merganser": __version__,
+                    "generation": generation,
+                    "expert": {"name": entry.name, "ref": entry.ref, "tensors": result.tensors},
+                    "outputs": result.writer.digests(),
+                }
+            )
+        after = ledger.model_copy(
+            update={
+                "version": __version__,
+                "contributors": contributors,
+                "generation": generation,
+                "sums": sums,
+                "merged_norm": merged_norm,
+            }
+        )
+        advance(self.path, ledger, after)
+        self.ledger = after
+
+
+def _entry(
+    expert: str | Path, weight: float, name: str | None, ignore: Sequence[str], rename: Sequence[str]
+) -> Contributor:
+    ref = absolute_ref(str(expert))
+    return Contributor(
+        name=name or short_name(ref),
+        ref=ref,
+        digest="",
+        weight=weight,
+        norm=0.0,
+        ignore=tuple(ignore),
+        rename=tuple(rename),
+    )
+
+
+def _find(ledger: Ledger, expert: str | Path, state: Path) -> Contributor:
+    """The entry of an expert given by name, by its old reference or by a new place of the same last part.
+
+    Raises:
+        StateError: If it is not in the ledger.
+    """
+    ref = absolute_ref(str(expert))
+    for fits in (lambda c: c.name == str(expert), lambda c: c.ref == ref, lambda c: c.name == short_name(ref)):
+        if found := next(filter(fits, ledger.contributors), None):
+            return found
+    names = ", ".join(c.name for c in ledger.contributors) or "no expert"
+    raise StateError(f"{expert} was never added to {state}", f"in it: {names}")

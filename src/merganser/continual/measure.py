@@ -1,0 +1,112 @@
+"""Read two models side by side, tensor by tensor: the change, its norm, and a digest of every byte that was read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import fsum, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merganser.continual.stream import chunks
+from merganser.errors import NonFiniteError
+from merganser.numerics import compute_dtype, raw_bytes, sum_of_squares
+from merganser.types import Source, TensorInfo
+
+
+@dataclass
+class Reading:
+    """What was seen of one tensor while its change went by.
+
+    Attributes:
+        base_digest: sha256 of the base's bytes.
+        expert_digest: sha256 of the expert's bytes.
+        change_squares: sums of squares of weight * change, one a chunk.
+        base_squares: the same of the base.
+    """
+
+    base_hash: Any = field(default_factory=hashlib.sha256)
+    expert_hash: Any = field(default_factory=hashlib.sha256)
+    change_squares: list[float] = field(default_factory=list)
+    base_squares: list[float] = field(default_factory=list)
+
+
+def changes(
+    base: Source,
+    expert: Source,
+    name: str,
+    stored: str,
+    reading: Reading,
+    *,
+    whole: bool,
+    float64: bool,
+    device: str,
+    allow_nonfinite: bool,
+) -> Iterator[tuple[int, Tensor]]:
+    """Expert minus base, as (first row, change): the whole tensor at once, or chunk by chunk.
+
+    Raises:
+        NonFiniteError: If the expert holds NaN or infinity there; where that is allowed, they count as no change.
+    """
+    shape = base.infos[name].shape
+    for start, stop in [(0, shape[0] if shape else 1)] if whole else chunks(shape):
+        rows = None if whole or not shape else (start, stop)
+        old = base.read(name, rows)
+        reading.base_hash.update(raw_bytes(old))
+        dtype = compute_dtype(old.dtype, float64=float64)
+        d_old = old.to(device, dtype)
+        del old
+        new = expert.read(stored, rows)
+        reading.expert_hash.update(raw_bytes(new))
+        dtype = compute_dtype(new.dtype, float64=float64 or dtype == torch.float64)
+        d = new.to(device, dtype, copy=True)
+        del new
+        reading.base_squares.append(sum_of_squares(d_old))
+        d -= d_old
+        del d_old
+        square = sum_of_squares(d)
+        if not (square < float("inf") or bool(torch.isfinite(d).all())):
+            if not allow_nonfinite:
+                raise NonFiniteError(
+                    f"{name} of {expert.ref} holds NaN or infinity",
+                    "leave the expert out, or count such entries as unchanged with --allow-nonfinite",
+                )
+            d = torch.nan_to_num(d, nan=0.0, posinf=0.0, neginf=0.0)
+            square = sum_of_squares(d)
+        reading.change_squares.append(square)
+        yield start, d
+
+
+def equal(base: Source, expert: Source, name: str, stored: str, reading: Reading) -> bool:
+    """Whether an integer or boolean tensor is the same in both."""
+    one, other = base.read(name), expert.read(stored)
+    reading.base_hash.update(raw_bytes(one))
+    reading.expert_hash.update(raw_bytes(other))
+    return bool(torch.equal(one, other))
+
+
+def tensor_digest(source: Source, name: str) -> str:
+    """sha256 of one tensor's bytes, read chunk by chunk."""
+    info = source.infos[name]
+    hashed = hashlib.sha256()
+    for rows in chunks(info.shape):
+        hashed.update(raw_bytes(source.read(name, rows if info.shape else None)))
+    return hashed.hexdigest()
+
+
+def model_digest(infos: Mapping[str, TensorInfo], digests: Mapping[str, str]) -> str:
+    """One sha256 over the names, types, shapes and digests of a model's tensors, in the order of their names."""
+    lines = (f"{n}\t{infos[n].dtype}\t{list(infos[n].shape)}\t{digests[n]}\n" for n in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def norm(squares: list[float]) -> float:
+    """Root of a sum of sums of squares, exact in any order.
+
+    >>> norm([9.0, 16.0])
+    5.0
+    """
+    return sqrt(fsum(squares))

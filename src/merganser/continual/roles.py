@@ -1,0 +1,135 @@
+"""What a tensor is to a fold: decided once, from names and headers alone, and written into the ledger.
+
+| role | what | how it is merged |
+|---|---|---|
+| matrix | 2-D linear weights; convolutions, seen as (out, in * kernel) | the method's rule for 2-D weights |
+| transposed | the same, stored as (in, out), as in GPT-2 | as above, transposed on the way in and out |
+| vector | biases, norms, embeddings, heads of a vocabulary, anything else that floats | the method's rule for vectors |
+| statistic | running means and variances of normalisation layers | weighted mean; outside all norms |
+| exact | integers and booleans | must be equal in every model |
+| fixed | counters of batches, and what `freeze` names | the base's, untouched |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from merganser.errors import DtypeError, ParameterError
+from merganser.types import EXACT_DTYPES, FLOAT_DTYPES, Source, TensorInfo
+
+Role = Literal["matrix", "transposed", "vector", "statistic", "exact", "fixed"]
+
+#: Lookup tables: rows are addressed, not multiplied, or they are as long as a vocabulary.
+_TABLE = re.compile(
+    r"embed|embd|wte|wpe|lm_head|vocab|word_|position|token|relative_attention|bias_table|shared\.weight$|pos_|A_log",
+    re.IGNORECASE,
+)
+_PATCHES = re.compile(r"patch|proj", re.IGNORECASE)
+_STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
+_COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
+#: Architectures whose linear layers store (in, out), and the layers that do.
+_TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+def assign_roles(
+    base: Source, *, freeze: Sequence[str] = (), matrix: Sequence[str] = (), vector: Sequence[str] = ()
+) -> dict[str, Role]:
+    """The role of every tensor of the base, sorted by name.
+
+    Args:
+        base: read for headers and its config.json only.
+        freeze: shell patterns of names that stay the base's.
+        matrix: patterns of names to treat as linear weights against the default.
+        vector: patterns of names to treat as vectors against the default.
+
+    Raises:
+        DtypeError: If a tensor is quantised or complex, by name.
+        ParameterError: If a pattern matches nothing, or names a 0-D or 1-D tensor a matrix.
+    """
+    for pattern in (*freeze, *matrix, *vector):
+        if not any(fnmatchcase(name, pattern) for name in base.infos):
+            raise ParameterError(f"no tensor of {base.ref} is called {pattern!r}", "patterns are shell-like: *.bias")
+    transposed = _model_type(base) in _TRANSPOSED_MODELS
+    roles: dict[str, Role] = {}
+    for name, info in base.infos.items():
+        if matches(name, freeze):
+            roles[name] = "fixed"
+        elif info.dtype not in (*FLOAT_DTYPES, *EXACT_DTYPES):
+            raise DtypeError(
+                f"{name} of {base.ref} is {info.dtype}, which cannot be merged", "dequantise the model, or freeze it"
+            )
+        elif matches(name, vector) and info.dtype in FLOAT_DTYPES:
+            roles[name] = "vector"
+        elif matches(name, matrix) and info.dtype in FLOAT_DTYPES:
+            if len(info.shape) < 2:
+                raise ParameterError(f"{name} has shape {info.shape}; a matrix needs at least 2 axes")
+            roles[name] = "matrix"
+        else:
+            roles[name] = _default(name, info, transposed)
+    return roles
+
+
+def _default(name: str, info: TensorInfo, transposed: bool) -> Role:
+    if _COUNTER.search(name):
+        return "fixed"
+    if info.dtype in EXACT_DTYPES:
+        return "exact"
+    if _STATISTIC.search(name):
+        return "statistic"
+    if transposed and len(info.shape) == 2 and _TRANSPOSED.search(name):
+        return "transposed"
+    axes = len(info.shape)
+    table = _TABLE.search(".".join(name.split(".")[-2:])) is not None
+    if axes == 2:
+        return "vector" if table or _is_vocabulary(info.shape) else "matrix"
+    if axes in (3, 4, 5) and info.shape[0] > 1 and "expert" not in name:
+        return "vector" if table and not _PATCHES.search(name) else "matrix"
+    return "vector"
+
+
+def _is_vocabulary(shape: tuple[int, ...]) -> bool:
+    return max(shape) >= 16384 and max(shape) > 16 * min(shape)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name fits any of some shell patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def matrix_shape(role: Role, shape: Sequence[int]) -> tuple[int, int]:
+    """(out, in) of a tensor in a matrix role."""
+    rows = shape[0]
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return (columns, rows) if role == "transposed" else (rows, columns)
+
+
+def is_matrix(role: Role) -> bool:
+    """Whether the method's rule for 2-D weights applies."""
+    return role in ("matrix", "transposed")
+
+
+def count_roles(roles: Mapping[str, Role]) -> dict[str, int]:
+    """How many tensors have each role, the most frequent first."""
+    counts: dict[str, int] = {}
+    for role in roles.values():
+        counts[role] = counts.get(role, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def _model_type(base: Source) -> str | None:
+    config: Path | None = next((p for p in base.companions() if p.name == "config.json"), None)
+    if config is None:
+        return None
+    try:
+        content = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("model_type") if isinstance(content, dict) else None

@@ -1,0 +1,102 @@
+r"""OPCM: of every arriving change, keep what is orthogonal to the leading directions merged so far.
+
+    u_1 = d_1,   u_t = u_{t-1} + clean(d_t; u_{t-1}),   D_t = u_t * mean_i ||d_i|| / ||u_t||
+
+    u = U diag(s) V^T,   P = U^T d V,   k = #{i : (s_1 + .. + s_i) / sum(s) <= alpha}
+    clean(d; u) = d - U E V^T,   E = P on the leading k x k block and on the diagonal, 0 elsewhere
+
+Published with a normalised state and two scalars; singular directions do not see the scale, so the unnormalised sum u
+and one factor on export give the same D.
+
+Source: Tang et al. 2025, arXiv:2501.09522, eq. 6-9. `diagonal="keep"` leaves the diagonal behind the block in d: the
+released code of the first version zeroed a copy of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from merganser.errors import ParameterError
+from merganser.numerics import singular_tolerance
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def opcm(
+    merged: Float[Tensor, "m n"], d: Float[Tensor, "m n"], *, alpha: float = 0.5, diagonal: str = "drop"
+) -> Float[Tensor, "m n"]:
+    """Add the cleaned change to the unnormalised sum of cleaned changes.
+
+    Args:
+        merged: the sum u so far; zeros before the first arrival.
+        d: the arriving change.
+        alpha: share of the nuclear norm whose directions are blocked, in [0, 1]; 1 blocks all of them.
+        diagonal: "drop" removes the part of d along every u_i v_i^T, so that <u, clean(d)> = 0; "keep" only the block.
+
+    Returns:
+        The next u, same shape and dtype.
+
+    Raises:
+        ParameterError: If alpha is outside [0, 1] or diagonal is neither word.
+
+    >>> opcm(torch.diag(torch.tensor([3.0, 1.0])), torch.ones(2, 2), alpha=0.75)
+    tensor([[3., 1.],
+            [1., 1.]])
+    """
+    if not 0 <= alpha <= 1:
+        raise ParameterError(f"alpha is {alpha}; it is a share of the nuclear norm, in [0, 1]")
+    if diagonal not in ("drop", "keep"):
+        raise ParameterError(f'diagonal is {diagonal!r}; it is "drop" or "keep"')
+    if not merged.any():
+        return d.clone()
+    if merged.shape[0] > merged.shape[1]:
+        tall: Tensor = opcm(merged.T, d.T, alpha=alpha, diagonal=diagonal)
+        return tall.T.contiguous()
+    if merged.dtype == torch.float64:
+        U, s, Vh = torch.linalg.svd(merged, full_matrices=False)
+        removed: Tensor = U @ _blocked(U.T @ d @ Vh.T, s, merged, alpha, diagonal) @ Vh
+        return merged + (d - removed)
+    # s_i and u_i from the small Gram matrix in float64, which resolves s down to 1e-8 s_1;
+    # v_i = u^T u_i / s_i never has to be formed: P = (U^T d u^T U) / s and U E V^T = (U (E / s) U^T) u.
+    wide, change = merged.double(), d.double()
+    squares, U = torch.linalg.eigh(wide @ wide.T)
+    s, U = squares.flip(0).clamp(min=0).sqrt(), U.flip(1)
+    inverse = torch.where(s > singular_tolerance((merged.shape[0], merged.shape[1]), merged.dtype) * s[0], 1 / s, 0)
+    P = (U.T @ (change @ wide.T) @ U) * inverse
+    removed = (U @ (_blocked(P, s, merged, alpha, diagonal) * inverse) @ U.T) @ wide
+    return (wide + (change - removed)).to(merged.dtype)
+
+
+def _blocked(P: Tensor, s: Tensor, merged: Tensor, alpha: float, diagonal: str) -> Tensor:
+    """E: the entries of P that are taken out of the change."""
+    tolerance = singular_tolerance((merged.shape[0], merged.shape[1]), merged.dtype) * s[0]
+    rank = int((s > tolerance).sum())  # directions behind it are not determined by the data
+    share = s.cumsum(0) / s.sum()
+    k = rank if alpha == 1 else min(rank, int((share <= alpha).sum()))
+    E = torch.zeros_like(P)
+    E[:k, :k] = P[:k, :k]
+    if diagonal == "drop":
+        E.diagonal()[:rank] = P.diagonal()[:rank]
+    return E
+
+
+def opcm_scale(norms: Sequence[float], merged_norm: float) -> float:
+    """The factor that gives the merged change the mean norm of the experts' changes (eq. 9).
+
+    Args:
+        norms: Frobenius norm of each change, over the whole model.
+        merged_norm: ||u|| over the whole model.
+
+    Returns:
+        mean(norms) / merged_norm, and 1 where nothing was merged.
+
+    >>> opcm_scale([2.0, 4.0], 6.0)
+    0.5
+    """
+    return fsum(norms) / len(norms) / merged_norm if norms and merged_norm > 0 else 1.0

@@ -58,8 +58,10 @@ def accuracy_curve_png(
         )
     references = references or {}
     longest = max(len(values) for values in curves.values())
-    figure = _figure(6.0, 4.0)
-    axes = figure.add_axes((0.10, 0.13, 0.62, 0.83))
+    names = [*curves, *references]
+    width, height, left, right = 6.2, 4.0, 0.62, 0.3 + 0.085 * max(len(f"{name} 99.9") for name in names)
+    figure = _figure(width, height)
+    axes = figure.add_axes((left / width, 0.13, max(width - left - right, 2.0) / width, 0.83))
     labels: list[tuple[float, str, str]] = []
     for name, value in references.items():
         axes.axhline(value, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
@@ -102,8 +104,8 @@ def matrix_png(
         matrix: the values, one row a label in `row_labels`.
         row_labels: names on the left.
         column_labels: names on top.
-        low: value of the darkest colour; give several matrices the same range to compare them.
-        high: value of the lightest colour.
+        low: value of the lightest colour; give several matrices the same range to compare them.
+        high: value of the darkest colour.
         row_title: what the rows are.
         column_title: what the columns are.
         staircase: outline the diagonal and what lies below it: tasks that have been merged.
@@ -126,10 +128,11 @@ def matrix_png(
     rows, columns = values.shape
     figure = _figure(1.0 + 0.46 * columns, 0.85 + 0.40 * rows)
     axes = figure.add_subplot()
-    axes.imshow(np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(np.ma.masked_invalid(values), cmap="YlGnBu", vmin=low, vmax=high, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            color = "white" if value < low + 0.55 * (high - low) else INK
+            red, green, blue, _ = image.to_rgba(value)
+            color = "white" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.2 else INK
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9.5, color=color)
     axes.set_xticks(range(columns), labels=list(column_labels), fontsize=9.5)
     axes.set_yticks(range(rows), labels=list(row_labels), fontsize=9.5)
@@ -143,7 +146,7 @@ def matrix_png(
     if staircase:
         corners = [(j + side, j) for j in range(min(rows, columns)) for side in (0, 1)]
         x, y = zip(*corners, strict=True)
-        axes.plot(np.array(x) - 0.5, np.array(y) - 0.5, color="white", linewidth=2.5, solid_joinstyle="miter")
+        axes.plot(np.array(x) - 0.5, np.array(y) - 0.5, color=INK, linewidth=2, solid_joinstyle="miter")
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(rows - 0.5, -0.5)
     figure.tight_layout(pad=0.4)
@@ -280,5 +283,6 @@ tbody tr:last-child > * { border-bottom: 0 }
 pre { overflow-x: auto; background: #f6f7f9; border-radius: 6px; padding: .8rem; font-size: .85rem; line-height: 1.5 }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 summary { cursor: pointer; color: var(--mark) }
+@media (max-width: 34rem) { th, td { padding: .4rem .45rem; font-size: .88rem } th:first-child { white-space: normal } }
 @media print { body { background: #fff } section { break-inside: avoid; border: 0; padding: 0 } }
 """

@@ -102,7 +102,7 @@ class AdapterSource:
         left, right = self._factors(change, (top, spans[-1][1]), dtype)
         for low, high in spans:
             w = self._stand_in(name, edit, (low, high)).to(dtype)
-            yield low, w + low_rank_rows(left[low - top : high - top], right, change.scaling).reshape(w.shape)
+            yield low, low_rank_rows(left[low - top : high - top], right, change.scaling).reshape(w.shape).add_(w)
 
     def _folded_blocks(self, name: str, edit: Edit, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """The same, rescaled where it is a DoRA."""

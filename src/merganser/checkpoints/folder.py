@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,8 +45,9 @@ class SafetensorsShards:
         shards = {file: SafetensorsFile(index.parent / file, ref) for file in sorted(set(where.values()))}
         listed: dict[str, set[str]] = {file: set() for file in shards}
         aliases: dict[str, str] = {}
+        held = {name for shard in shards.values() for name in shard.infos}
         for shard in shards.values():
-            aliases.update(shard.aliases)
+            aliases.update({alias: name for alias, name in shard.aliases.items() if alias not in held})
         for name, file in where.items():
             if name in shards[file].infos:
                 listed[file].add(name)
@@ -97,7 +99,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for file in sorted(set(pairs.values())):
         if Path(file).name != file or file in (".", ".."):
             raise CheckpointError(f"{index} names {file!r}, which is not a file of its own folder")
-        if not (index.parent / file).is_file():
+        if not os.path.isfile(index.parent / file):  # False for a name that no file can have
             raise CheckpointError(f"{index} names {file}, which is missing", "fetch the missing shard")
     return pairs
 
@@ -106,8 +108,11 @@ def open_weights(path: Path, ref: str, key: str | None = None) -> Source:
     """Open one weight file or shard index by its name.
 
     Raises:
+        RefError: If a key is given and the file is no torch file.
         CheckpointError: If the file is not sound, or its kind is not known.
     """
+    if key is not None and (path.suffix not in WEIGHT_SUFFIXES or path.suffix == ".safetensors"):
+        raise RefError(f"{ref} names a key, and only a torch file has mappings to choose from", f"write {path}")
     if path.name.endswith(".safetensors.index.json"):
         return SafetensorsShards(path, ref)
     if path.name.endswith(".index.json"):

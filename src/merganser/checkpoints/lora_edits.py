@@ -59,39 +59,40 @@ class Edit:
 
 
 class BaseNames:
-    """Finds tensors of the base by the adapter's names, which may have a prefix more or less."""
+    """Finds tensors of the base by the adapter's names, which may all have one prefix more or less.
+
+    The first tensor that is found so says which prefix; a name that is there as it stands needs none.
+    """
 
     def __init__(self, names: Iterable[str], ref: str) -> None:
         self._names, self._ref = dict.fromkeys(names), ref
         self._prefix: tuple[str, str] | None = None
 
-    def find(self, names: tuple[str, ...], what: str) -> str:
-        """The base's name of the first of these that it has.
+    def find(self, name: str, what: str) -> str:
+        """What the base calls a tensor.
 
         Args:
-            names: names to look for, by preference.
-            what: how an error calls them.
+            name: the adapter's name for it.
+            what: how an error calls it.
 
         Raises:
-            AdapterError: If there is none, several could be meant, or another prefix was found before.
+            AdapterError: If there is none, or several could be meant.
         """
-        for name in names:
-            if name in self._names:
-                return name
-        found = {(name, near): None for name in names for near in self._with_other_prefix(name)}
-        if len(found) == 1:
-            ((name, near),) = found
-            self._prefix = self._prefix or _difference(name, near)
-            return near
-        if found:
-            listed = ", ".join(near for _, near in list(found)[:4])
+        if name in self._names:
+            return name
+        found = self._with_other_prefix(name)
+        if len(found) > 1:
+            listed = ", ".join(found[:4])
             raise AdapterError(f"{what} of the adapter could be any of {listed} in {self._ref}")
-        nearest = ", ".join(get_close_matches(names[0], list(self._names), n=3, cutoff=0.3))
-        raise AdapterError(
-            f"{what} of the adapter is not in {self._ref}",
-            (f"the nearest tensors are {nearest}; " if nearest else "")
-            + "is this the base that the adapter was trained on, with untied weights?",
-        )
+        if not found:
+            nearest = ", ".join(get_close_matches(name, list(self._names), n=3, cutoff=0.3))
+            raise AdapterError(
+                f"{what} of the adapter is not in {self._ref}",
+                (f"the nearest tensors are {nearest}; " if nearest else "")
+                + "is this the base that the adapter was trained on, with untied weights?",
+            )
+        self._prefix = self._prefix or _difference(name, found[0])
+        return found[0]
 
     def _with_other_prefix(self, name: str) -> list[str]:
         if self._prefix is not None:
@@ -117,16 +118,6 @@ class _Module:
     keys: Mapping[str, str]
     own: Mapping[str, TensorInfo]
     config: LoraConfig
-
-    @property
-    def plain(self) -> str:
-        """The module's name in the base, up to a prefix."""
-        return self.name.replace(".base_layer.", ".")
-
-    @property
-    def trained_as(self) -> str:
-        """The name that patterns see; an attention gives its own to the projection inside it."""
-        return self.name.partition(".base_layer.")[0]
 
     @property
     def embedding(self) -> bool:
@@ -159,12 +150,12 @@ def place(
     square: dict[str, LowRank] = {}
     for name, keys in sorted(modules.items()):
         module = _Module(name, keys, own, config)
-        target = names.find((f"{module.plain}.weight", f"{module.plain}.in_proj_weight"), f"module {name}")
+        target = names.find(f"{name}.weight", f"module {name}")
         if target in edits:
             raise AdapterError(f"two modules of the adapter change {target}")
         low_rank = _low_rank(module, target, base[target])
         edits[target] = Edit(low_rank=low_rank)
-        if target.endswith(".weight") and len(base[target].shape) == 2 and not module.embedding:
+        if len(base[target].shape) == 2 and not module.embedding:
             if base[target].shape[0] == base[target].shape[1]:
                 square[target] = low_rank
             else:
@@ -175,7 +166,7 @@ def place(
         transposed = _layout(target, layouts, config.fan_in_fan_out)
         edits[target] = Edit(low_rank=replace(low_rank, transposed=transposed))
     for name, key in whole.items():
-        target = names.find((name,), key)
+        target = names.find(name, key)
         _check_replacement(key, own[key], target, base[target])
         edits[target] = replace(edits.get(target, Edit()), replaced=key)
     return edits
@@ -188,6 +179,11 @@ def _sort_keys(own: Mapping[str, TensorInfo]) -> tuple[dict[str, dict[str, str]]
     for key in own:
         name = key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in ROLES if name.endswith(suffix)), None)
+        if suffix is not None and ".base_layer." in name:
+            raise AdapterError(
+                f"{key} belongs to an nn.MultiheadAttention, whose output projection peft adds to twice",
+                "merge it with the peft that trained it, and give the merged model (huggingface/peft#3774)",
+            )
         if suffix is not None:
             shelf, label = modules.setdefault(name.removesuffix(suffix), {}), ROLES[suffix]
         elif any(part.startswith("lora_") for part in name.split(".")):
@@ -213,14 +209,14 @@ def _low_rank(module: _Module, target: str, found: TensorInfo) -> LowRank:
                 f"{name} is stored as {info.dtype}, to which nothing can be added", "dequantise it first"
             )
     transposed = _fits_transposed(module, target, module.own[down].shape, module.own[up].shape, found.shape)
-    rank, said = module.own[down].shape[0], module.config.rank(module.trained_as)
+    rank, said = module.own[down].shape[0], module.config.rank(module.name)
     if rank != said:
         raise AdapterError(
             f"module {module.name} has rank {rank}, and adapter_config.json says {said}",
             "its scaling depends on it: correct r or rank_pattern",
         )
     magnitude = _magnitude(module, found.shape, transposed)
-    return LowRank(down, up, module.config.scaling(module.trained_as), transposed, magnitude)
+    return LowRank(down, up, module.config.scaling(module.name), transposed, magnitude)
 
 
 def _fits_transposed(
@@ -234,7 +230,7 @@ def _fits_transposed(
     if len(down) >= 2 and len(up) == len(down) and up[1] == down[0] and all(size == 1 for size in up[2:]):
         if not module.embedding and found == (up[0], *down[1:]):
             return False
-        if len(down) == 2 and target.endswith(".weight") and found == (down[1], up[0]):
+        if len(down) == 2 and found == (down[1], up[0]):
             return True
     why = "; a grouped convolution cannot be folded" if len(down) > 2 else ""
     raise AdapterError(f"module {module.name} has A {down} and B {up}, which do not fit {target} {found}{why}")
@@ -264,13 +260,11 @@ def _bias(module: _Module, weight: str, base: Mapping[str, TensorInfo]) -> Edit:
     if key is None or not module.config.lora_bias:
         has, said = ("no", "says") if key is None else ("a", "does not say")
         raise AdapterError(f"module {module.name} has {has} lora_B.bias, and adapter_config.json {said} lora_bias")
-    if not weight.endswith(".weight"):
-        raise AdapterError(f"module {module.name} is an attention with lora_bias, which cannot be folded")
     if target not in base:
         raise AdapterError(f"module {module.name} has a lora_bias, and the base has no {target} to add it to")
     if module.own[key].shape != base[target].shape:
         raise AdapterError(f"{key} has shape {module.own[key].shape}, and {target} {base[target].shape}")
-    return Edit(added=(key, module.config.scaling(module.trained_as)))
+    return Edit(added=(key, module.config.scaling(module.name)))
 
 
 def _layout(target: str, seen: Mapping[str, set[bool]], fan_in_fan_out: bool) -> bool:

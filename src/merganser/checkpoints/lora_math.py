@@ -42,7 +42,7 @@ def low_rank_rows(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     tensor([[1.5000, 2.0000],
             [3.0000, 4.0000]])
     """
-    return (left @ right) * scaling
+    return (left @ right).mul_(scaling)
 
 
 def dora_rows(w: Tensor, magnitude: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from merganser.numerics import TORCH_DTYPES, raw_bytes
 from merganser.types import ITEM_BYTES, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
+#: Largest size of an axis or a file that anything can address.
+MAX_COUNT = 2**63 - 1
 
 
 class SafetensorsFile:
@@ -55,7 +57,9 @@ class SafetensorsFile:
             name: TensorInfo(tuple(header[name]["shape"]), header[name]["dtype"]) for name in sorted(header)
         }
         self.aliases: Mapping[str, str] = {
-            alias: name for alias, name in sorted(metadata.items()) if name in self.infos and alias not in self.infos
+            alias: name
+            for alias, name in sorted(metadata.items())
+            if name in self.infos and alias not in self.infos and alias != "format"
         }
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -63,10 +67,13 @@ class SafetensorsFile:
 
         Raises:
             CheckpointError: If the file changed or ended since its header was read.
+            IndexError: If the tensor has no such rows.
         """
         info = self.infos[name]
         shape, (begin, end) = info.shape, self._spans[name]
         if rows is not None and info.shape:
+            if not 0 <= rows[0] <= rows[1] <= info.rows:
+                raise IndexError(f"{self.path}: {name} has {info.rows} rows, not {rows}")
             row_bytes = (end - begin) // info.rows if info.rows else 0
             begin, end = begin + rows[0] * row_bytes, begin + rows[1] * row_bytes
             shape = (rows[1] - rows[0], *shape[1:])
@@ -109,7 +116,7 @@ def _read_header(file: Any, path: Path) -> tuple[dict[str, Any], int]:
             "the file is truncated, or is not a safetensors file; fetch it again",
         )
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_sound_pairs, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not sound JSON: {error}") from error
     if not isinstance(header, dict):
@@ -117,16 +124,32 @@ def _read_header(file: Any, path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands twice")
+def _sound_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{short(name)} stands twice")
+        found[name] = value
+    "".join([*found, *(v for v in found.values() if isinstance(v, str))]).encode()  # an escape may be half a character
     return found
+
+
+def _parse_int(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # no sign stands before a count
 
 
 def _natural(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _numel(shape: list[int], name: str, path: Path) -> int:
+    """Product of a shape, given up on where it passes what can be addressed."""
+    count = 1
+    for size in shape:
+        count *= size
+        if max(size, count) > MAX_COUNT:
+            raise CheckpointError(f"{path}: {name} has shape {short(shape)}, which is more than any file holds")
+    return count
 
 
 def _check_spans(header: dict[str, Any], data_bytes: int, path: Path) -> dict[str, tuple[int, int]]:
@@ -136,17 +159,19 @@ def _check_spans(header: dict[str, Any], data_bytes: int, path: Path) -> dict[st
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise CheckpointError(f"{path}: {name} must have dtype, shape and data_offsets, and nothing else")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str):
+            raise CheckpointError(f"{path}: {name} has dtype {short(dtype)}")
         if dtype not in ITEM_BYTES:
-            raise DtypeError(f"{path}: {name} has dtype {dtype!r}, which cannot be read", "dequantise it first")
+            raise DtypeError(f"{path}: {name} has dtype {short(dtype)}, which cannot be read", "dequantise it first")
         if not isinstance(shape, list) or not all(map(_natural, shape)):
-            raise CheckpointError(f"{path}: {name} has shape {shape!r}")
+            raise CheckpointError(f"{path}: {name} has shape {short(shape)}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
-            raise CheckpointError(f"{path}: {name} has data_offsets {offsets!r}")
+            raise CheckpointError(f"{path}: {name} has data_offsets {short(offsets)}")
         begin, end = offsets
-        if end - begin != prod(shape) * ITEM_BYTES[dtype]:
+        nbytes = _numel(shape, name, path) * ITEM_BYTES[dtype]
+        if end - begin != nbytes:
             raise CheckpointError(
-                f"{path}: {name} is {dtype} {tuple(shape)} = {prod(shape) * ITEM_BYTES[dtype]} bytes, "
-                f"and its offsets span {end - begin}"
+                f"{path}: {name} is {dtype} {short(tuple(shape))} = {nbytes} bytes, and its offsets span {end - begin}"
             )
         spans[name] = (begin, end)
     position, previous = 0, "the header"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -43,19 +44,16 @@ class FolderTransaction:
 
     def __init__(self, target: Path, *, overwrite: bool = False) -> None:
         self.target, self._overwrite = target, overwrite
-        if target.is_symlink() or (target.exists() and not target.is_dir()):
-            raise OutputError(f"{target} exists and is not a folder")
-        if target.exists() and any(target.iterdir()) and not overwrite:
-            raise OutputError(f"{target} exists", "choose another name, or add --overwrite")
         try:
+            if target.is_symlink() or (target.exists() and not target.is_dir()):
+                raise OutputError(f"{target} exists and is not a folder")
+            if target.exists() and any(target.iterdir()) and not overwrite:
+                raise OutputError(f"{target} exists", "choose another name, or add --overwrite")
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+            self.folder, self._lock = _locked_sibling(target)
         except OSError as error:
             raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
-        self.folder.chmod(0o777 & ~_umask())
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def commit(self) -> None:
         """Flush, then rename."""
@@ -67,7 +65,7 @@ class FolderTransaction:
                 raise OutputError(f"{self.target} appeared meanwhile", "choose another name")
             _exchange(self.folder, self.target)
             sync(self.target.parent)
-            shutil.rmtree(self.folder)  # now the old content
+            shutil.rmtree(self.folder, ignore_errors=True)  # now the old content; what stays is the next writer's
         else:
             self.folder.rename(self.target)  # replaces an empty folder too
             sync(self.target.parent)
@@ -77,6 +75,21 @@ class FolderTransaction:
         """Remove what was written."""
         os.close(self._lock)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _locked_sibling(target: Path) -> tuple[Path, int]:
+    """A new temporary folder beside `target`, and the descriptor whose lock tells that its writer lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another writer took it for a leftover before it was locked
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            os.fchmod(lock, 0o777 & ~_umask())
+            return folder, lock
+        os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> None:
@@ -116,14 +129,17 @@ def sync(path: Path) -> None:
 
 def remove_leftovers(target: Path) -> None:
     """Remove temporary siblings of `target` whose writer is dead; a live writer holds a lock on its own."""
-    for leftover in sorted(target.parent.glob(f".{target.name}.partial-*")):
-        descriptor = os.open(leftover, os.O_RDONLY)
+    for leftover in sorted(target.parent.glob(f".{glob.escape(target.name)}.partial-*")):
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its writer has just ended
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
         else:
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # another writer may be at it too
         finally:
             os.close(descriptor)
 
@@ -183,6 +199,9 @@ class CheckpointWriter:
             if free < self._total_bytes:
                 raise OutputError(f"{target} needs {self._total_bytes:,} bytes, and the disk has {free:,} free")
             self._open_files(shard_bytes)
+        except OSError as error:
+            self._transaction.abort()
+            raise OutputError(f"{target} cannot be written: {error.strerror}") from error
         except BaseException:
             self._transaction.abort()
             raise

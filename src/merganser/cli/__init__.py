@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from merganser.cli.checkpoint import convert, inspect
 from merganser.cli.fold import app as fold_app
 from merganser.cli.methods import methods
 from merganser.version import __version__
 
+
+class _Commands(TyperGroup):
+    """The commands, with one way to be interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted; nothing was changed\n")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="merganser",
+    cls=_Commands,
     help="Merge fine-tuned neural networks without retraining, as they arrive.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -48,11 +63,8 @@ def main() -> None:
         from rich.console import Console
         from rich.markup import escape
 
-        console = Console(stderr=True, soft_wrap=True)
+        console = Console(stderr=True, soft_wrap=True, emoji=False)
         console.print(f"[bold red]{type(error).__name__}[/]: {escape(error.message)}", highlight=False)
         if error.hint:
             console.print(f"[cyan]hint[/]: {escape(error.hint)}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; nothing was changed\n")
-        sys.exit(130)

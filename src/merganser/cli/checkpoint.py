@@ -16,6 +16,7 @@ def inspect(
 ) -> None:
     """Print what a checkpoint holds, from its headers: types, sizes, tied tensors, and how a fold would treat them."""
     from rich.table import Table
+    from rich.text import Text
 
     from merganser.checkpoints import open_source
     from merganser.continual.roles import assign_roles, count_roles
@@ -24,7 +25,8 @@ def inspect(
     roles = assign_roles(source)
     out = console()
     total = sum(info.numel for info in source.infos.values())
-    out.print(f"[bold]{ref}[/]: {len(source.infos)} tensors, {total:,} parameters, {size(_bytes(source))}")
+    summary = f": {len(source.infos)} tensors, {total:,} parameters, {size(_bytes(source))}"
+    out.print(Text.assemble((ref, "bold"), summary))
     out.print(f"types  {', '.join(sorted({info.dtype for info in source.infos.values()}))}")
     out.print(f"roles  {', '.join(f'{n} {role}' for role, n in count_roles(roles).items())}")
     for alias, name in source.aliases.items():

@@ -235,6 +235,7 @@ def show(
 ) -> None:
     """Print what a state is, who is in it, and what it takes."""
     from rich.table import Table
+    from rich.text import Text
 
     from merganser.continual import Fold
     from merganser.continual.kinds import exports
@@ -249,9 +250,8 @@ def show(
         return
     out = console()
     settings = ", ".join(f"{k}={v}" for k, v in ledger.settings.items()) or "default settings"
-    out.print(
-        f"[bold]{state}[/]: {ledger.method} ({settings}), {size(fold.state_bytes)} on disk in {ledger.sums_dtype}"
-    )
+    summary = f": {ledger.method} ({settings}), {size(fold.state_bytes)} on disk in {ledger.sums_dtype}"
+    out.print(Text.assemble((str(state), "bold"), summary))
     out.print(f"base     {ledger.base_ref}")
     out.print(f"tensors  {', '.join(f'{n} {role}' for role, n in count_roles(fold.record.roles).items())}")
     out.print(f"exports  {', '.join(possible)}")
@@ -266,14 +266,15 @@ def show(
 @app.command()
 def verify(state: State, base: Base = None, threads: Threads = None) -> None:
     """Hash again the base, the sums and every expert; exit with 1 if the state is unsound."""
+    from rich.text import Text
+
     from merganser.continual import Fold
 
     findings = Fold(state).verify(base=base, threads=threads)
     colours = {"ok": "green", "changed": "red", "missing": "yellow"}
     for finding in findings:
-        console().print(
-            f"[{colours[finding.status]}]{finding.status:8}[/]{finding.part}  {finding.detail}", soft_wrap=True
-        )
+        status = (f"{finding.status:8}", colours[finding.status])
+        console().print(Text.assemble(status, f"{finding.part}  {finding.detail}"), soft_wrap=True)
     if any(f.needed and f.status != "ok" for f in findings):
         raise typer.Exit(1)
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Where results go; wide enough not to wrap tables when it is no terminal."""
+    """Where results go: as they are, since brackets and colons stand in names; never wrapped when it is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -119,8 +119,8 @@ METHODS: Mapping[str, Method] = {
     "opcm": Step(opcm, running_sum, "arXiv:2501.09522", scale=opcm_scale),
     "ties": Step(ties, ties, "arXiv:2306.01708", vector_locality="tensor"),
     "magmax": Step(magmax, magmax, "arXiv:2407.06322"),
-    "dop": Step(dop, running_mean, "Dual Orthogonal Projection, NeurIPS 2025"),
-    "nufilt": Step(nufilt, running_mean, "NUFILT, ICLR 2026"),
+    "dop": Step(dop, running_mean, "OpenReview zD5cUX67b9, NeurIPS 2025"),
+    "nufilt": Step(nufilt, running_mean, "arXiv:2509.21413"),
     # functions of sums over experts
     "mean": Sums(mean, mean, "arXiv:2203.05482"),
     "average": Sums(mean, mean, "arXiv:1803.05407"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import fsum
 from typing import Any
 
 import torch
@@ -50,13 +51,13 @@ def raw_bytes(x: Tensor) -> memoryview:
 
 
 def sum_of_squares(x: Tensor) -> float:
-    """Sum of x**2, added in float64.
+    """Sum of x**2, added in float64 by blocks, so that no float64 copy of the whole is made.
 
     >>> sum_of_squares(torch.tensor([3.0, 4.0]))
     25.0
     """
-    flat = x.reshape(-1).double()
-    return float(torch.dot(flat, flat))
+    blocks = (block.double() for block in torch.split(x.reshape(-1), 1 << 16))
+    return fsum(float(torch.dot(block, block)) for block in blocks)
 
 
 def singular_tolerance(shape: tuple[int, int], dtype: torch.dtype) -> float:
@@ -69,6 +70,30 @@ def singular_tolerance(shape: tuple[int, int], dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return max(shape) * torch.finfo(torch.float64).eps
     return 8 * torch.finfo(torch.float32).eps
+
+
+def gram_of_rows(x: Tensor) -> Tensor:
+    """Product x x^T, exactly symmetric, from the lower blocks alone.
+
+    Args:
+        x: shape (m, n).
+
+    Returns:
+        Shape (m, m).
+
+    >>> gram_of_rows(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[5., 2.],
+            [2., 1.]])
+    """
+    m, block = x.shape[0], max(64, -(-x.shape[0] // 6))
+    g = x.new_empty(m, m)
+    for start in range(0, m, block):
+        stop = min(m, start + block)
+        torch.matmul(x[start:], x[start:stop].T, out=g[start:, start:stop])
+        square = g[start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).T)
+        g[start:stop, stop:] = g[stop:, start:stop].T
+    return g
 
 
 def pack_symmetric(g: Tensor) -> Tensor:

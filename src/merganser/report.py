@@ -1,4 +1,4 @@
-"""Scores become pictures and one page: curves and matrices as PNG bytes, tables and pages as HTML text.
+"""Scores become one page: curves and matrices as PNG bytes, tables and the page itself as HTML text.
 
 A page is one file that needs nothing else: inline styles, images as data URIs, nothing loaded from a network.
 Every function is pure; who calls it decides where the bytes go. matplotlib comes with the extra `plots`.
@@ -59,7 +59,7 @@ def accuracy_curve_png(
     references = references or {}
     longest = max(len(values) for values in curves.values())
     names = [*curves, *references]
-    width, height, left, right = 6.2, 4.0, 0.62, 0.3 + 0.085 * max(len(f"{name} 99.9") for name in names)
+    width, height, left, right = 6.2, 4.0, 0.62, 0.25 + 0.08 * max(len(f"{name} 99.9") for name in names)
     figure = _figure(width, height)
     axes = figure.add_axes((left / width, 0.13, max(width - left - right, 2.0) / width, 0.83))
     labels: list[tuple[float, str, str]] = []
@@ -131,7 +131,7 @@ def matrix_png(
     image = axes.imshow(np.ma.masked_invalid(values), cmap="YlGnBu", vmin=low, vmax=high, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            red, green, blue, _ = image.to_rgba(value)
+            red, green, blue = image.to_rgba(np.array([value]))[0, :3]
             color = "white" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.2 else INK
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9.5, color=color)
     axes.set_xticks(range(columns), labels=list(column_labels), fontsize=9.5)

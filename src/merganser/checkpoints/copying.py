@@ -27,6 +27,12 @@ def renamed_by(source: Source, renamings: Sequence[str]) -> Source:
     return source
 
 
+def _local_paths(ref: str) -> list[Path]:
+    """What is here of the parts of a reference."""
+    parts = [ref] if Path(ref).exists() else [part.partition("::")[0] for part in ref.split("+")]
+    return [path for path in (Path(part).expanduser() for part in parts) if path.exists()]
+
+
 def copy_checkpoint(
     ref: str,
     out: Path,
@@ -53,8 +59,8 @@ def copy_checkpoint(
     """
     source = renamed_by(open_source(ref), rename)
     source = cast(source, dtype) if dtype else source
-    if Path(ref).exists() and out.resolve() == Path(ref).resolve():
-        raise OutputError(f"{out} is what is being read", "choose another place")
+    if any(path.resolve().is_relative_to(out.resolve()) for path in _local_paths(ref)):
+        raise OutputError(f"{out} is what is being read, or holds it", "choose another place")
     total, done = sum(info.nbytes for info in source.infos.values()), 0
     with CheckpointWriter(
         out, source.infos, aliases=source.aliases, shard_bytes=shard_bytes, overwrite=overwrite

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from merganser.checkpoints.safetensors_file import SafetensorsFile
 from merganser.checkpoints.torch_file import TorchFile, TorchShards
+from merganser.checkpoints.weight_map import read_weight_map
 from merganser.errors import CheckpointError, RefError
 from merganser.types import Source, TensorInfo
 
@@ -83,25 +82,6 @@ class FolderSource:
         """Config, tokenizer, chat template and licence files, sorted by name."""
         found = {path for pattern in COMPANION_PATTERNS for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(p for p in found if not any(p.match(pattern) for pattern in NOT_COMPANIONS))
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of files that lie in the index's own folder.
-
-    Raises:
-        CheckpointError: If the index is not sound, or a file is missing or outside the folder.
-    """
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not a shard index: it has no sound weight_map") from error
-    for file in sorted(set(pairs.values())):
-        if Path(file).name != file or file in (".", ".."):
-            raise CheckpointError(f"{index} names {file!r}, which is not a file of its own folder")
-        if not os.path.isfile(index.parent / file):  # False for a name that no file can have
-            raise CheckpointError(f"{index} names {file}, which is missing", "fetch the missing shard")
-    return pairs
 
 
 def open_weights(path: Path, ref: str, key: str | None = None) -> Source:

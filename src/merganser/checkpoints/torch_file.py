@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merganser.checkpoints.weight_map import read_weight_map
 from merganser.errors import CheckpointError, DtypeError
 from merganser.numerics import DTYPE_NAMES
 from merganser.types import TensorInfo
@@ -100,8 +101,6 @@ class TorchShards:
     identity: str | None = None
 
     def __init__(self, index_path: Path, ref: str) -> None:
-        from merganser.checkpoints.folder import read_weight_map
-
         self.ref, self._folder = ref, index_path.parent
         self._where = read_weight_map(index_path)
         self._open: OrderedDict[str, TorchFile] = OrderedDict()

@@ -145,7 +145,14 @@ def add(
 
 
 @app.command()
-def remove(state: State, expert: Expert, base: Base = None, device: Device = "cpu", threads: Threads = None, quiet: Quiet = False) -> None:  # fmt: skip
+def remove(
+    state: State,
+    expert: Expert,
+    base: Base = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
     """Take an expert out again, as if it had never come. Its file is read once more and must be the same."""
     from merganser.continual import Fold
 

@@ -26,7 +26,7 @@ from merganser.continual.ledger import (
     short_name,
     write_record,
 )
-from merganser.continual.measure import model_digest, tensor_digest
+from merganser.continual.measure import base_digest, model_digest
 from merganser.continual.passing import Cost, Pass, Result, prepare
 from merganser.continual.roles import assign_roles
 from merganser.continual.state import advance, bytes_on_disk, locked
@@ -111,7 +111,7 @@ class Fold:
         transaction = FolderTransaction(Path(state))
         try:
             jobs = [
-                Job(name, partial(tensor_digest, source, name), 2 * info.nbytes, info.nbytes)
+                Job(name, partial(base_digest, source, name, roles[name]), 2 * info.nbytes, info.nbytes)
                 for name, info in source.infos.items()
             ]
             digests = run_jobs(jobs, threads=threads or default_threads(), progress=progress)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merganser.continual.roles import Role
 from merganser.continual.stream import chunks
 from merganser.errors import NonFiniteError
 from merganser.numerics import compute_dtype, raw_bytes, sum_of_squares
@@ -94,6 +95,22 @@ def tensor_digest(source: Source, name: str) -> str:
     hashed = hashlib.sha256()
     for rows in chunks(info.shape):
         hashed.update(raw_bytes(source.read(name, rows if info.shape else None)))
+    return hashed.hexdigest()
+
+
+def base_digest(base: Source, name: str, role: Role) -> str:
+    """sha256 of one tensor of a base, which must be finite where it is to be merged.
+
+    Raises:
+        NonFiniteError: If it is not.
+    """
+    info = base.infos[name]
+    hashed = hashlib.sha256()
+    for rows in chunks(info.shape):
+        x = base.read(name, rows if info.shape else None)
+        if role not in ("exact", "fixed") and not bool(torch.isfinite(x).all()):
+            raise NonFiniteError(f"{name} of the base {base.ref} holds NaN or infinity", f"--freeze '{name}' keeps it")
+        hashed.update(raw_bytes(x))
     return hashed.hexdigest()
 
 

@@ -229,9 +229,18 @@ def open_expert(entry: Contributor, base: Source) -> Source:
 
 
 def prepare(
-    state: Path, ledger: Ledger, record: BaseRecord, kind: Kind, base: Source, entry: Contributor, *, factor: float, t: int,
-    allow_nonfinite: bool = False, device: str = "cpu",
-) -> Pass:  # fmt: skip
+    state: Path,
+    ledger: Ledger,
+    record: BaseRecord,
+    kind: Kind,
+    base: Source,
+    entry: Contributor,
+    *,
+    factor: float,
+    t: int,
+    allow_nonfinite: bool = False,
+    device: str = "cpu",
+) -> Pass:
     """Open the expert of an entry and match its tensors with the base's.
 
     Raises:

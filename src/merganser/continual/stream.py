@@ -5,6 +5,7 @@ Every job runs on one thread with single-threaded linear algebra, so its bits do
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -83,6 +84,7 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
                 progress(done, total)
         return result
 
+    _give_memory_back()
     order = sorted(jobs, key=lambda job: (-job.peak_bytes, job.name))
     with _single_threaded_algebra(), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
         futures = {job.name: pool.submit(work, job) for job in order}
@@ -91,6 +93,17 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
         except BaseException:
             stop.set()
             raise
+
+
+def _give_memory_back() -> None:
+    """Have large blocks returned to the system when they are freed; glibc would keep ever larger ones for reuse.
+
+    Costs about a tenth of the time, and makes the peak what the jobs need instead of twice that.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        mmap_threshold = -3
+        libc.mallopt(mmap_threshold, 1 << 20)
 
 
 def _one_thread() -> None:

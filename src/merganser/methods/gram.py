@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from merganser.errors import ParameterError
+from merganser.numerics import gram_of_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
 def gram_terms(d: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "m n"]]:
-    """One expert's terms of G and B, of weight 1.
+    """One expert's terms of G and B, of weight 1, in float64: in float32 their rounding comes back 1/eps times larger.
 
     Args:
         d: the expert's change, (out, in).
@@ -34,18 +35,17 @@ def gram_terms(d: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "n n"], Float[Ten
 
     >>> gram_terms(torch.tensor([[0.0, 2.0]]))
     (tensor([[0., 0.],
-            [0., 1.]]), tensor([[0., 2.]]))
+            [0., 1.]], dtype=torch.float64), tensor([[0., 2.]], dtype=torch.float64))
     """
     m, n = d.shape
-    peak = d.abs().max() if d.numel() else d.new_zeros(())
-    if not peak > 0:
-        return d.new_zeros(n, n), torch.zeros_like(d)
-    scaled = d / peak
-    norm = torch.linalg.vector_norm(scaled, dtype=torch.float64).to(d.dtype)
-    unit = scaled / norm
-    g = unit.T @ unit
-    b = (unit @ unit.T) @ unit if m < n else unit @ g
-    return g, b * (norm * peak)
+    unit = d.double()
+    norm = torch.linalg.vector_norm(unit)  # no float32 change, however small, has squares that underflow in float64
+    if not norm > 0:
+        return unit.new_zeros(n, n), torch.zeros_like(unit)
+    unit = unit / norm
+    g = gram_of_rows(unit.T)
+    b = gram_of_rows(unit) @ unit if m < n else unit @ g
+    return g, b.mul_(norm)
 
 
 def gram(g: Float[Tensor, "n n"], b: Float[Tensor, "m n"], *, eps: float = 0.01) -> Float[Tensor, "m n"]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from merganser.errors import ParameterError
-from merganser.numerics import singular_tolerance
+from merganser.numerics import gram_of_rows, singular_tolerance
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -58,32 +58,35 @@ def opcm(
     if merged.shape[0] > merged.shape[1]:
         tall: Tensor = opcm(merged.T, d.T, alpha=alpha, diagonal=diagonal)
         return tall.T.contiguous()
+    tolerance = singular_tolerance((merged.shape[0], merged.shape[1]), merged.dtype)
     if merged.dtype == torch.float64:
         U, s, Vh = torch.linalg.svd(merged, full_matrices=False)
-        removed: Tensor = U @ _blocked(U.T @ d @ Vh.T, s, merged, alpha, diagonal) @ Vh
+        k, rank = _leading(s, alpha, tolerance)
+        seen = d @ Vh.T
+        block, along = U[:, :k].T @ seen[:, :k], (U * seen).sum(0)[k:rank]
+        removed: Tensor = U[:, :k] @ (block @ Vh[:k])
+        if diagonal == "drop":
+            removed += (U[:, k:rank] * along) @ Vh[k:rank]
         return merged + (d - removed)
-    # s_i and u_i from the small Gram matrix in float64, which resolves s down to 1e-8 s_1;
-    # v_i = u^T u_i / s_i never has to be formed: P = (U^T d u^T U) / s and U E V^T = (U (E / s) U^T) u.
+    # s_i and u_i from the small Gram matrix in float64, which resolves s down to 1e-8 s_1. v_i = u^T u_i / s_i never
+    # has to be formed: with M = d u^T, P_ij = u_i^T M u_j / s_j and u_i v_j^T = u_i u_j^T u / s_j.
     wide, change = merged.double(), d.double()
-    squares, U = torch.linalg.eigh(wide @ wide.T)
+    squares, U = torch.linalg.eigh(gram_of_rows(wide))
     s, U = squares.flip(0).clamp(min=0).sqrt(), U.flip(1)
-    inverse = torch.where(s > singular_tolerance((merged.shape[0], merged.shape[1]), merged.dtype) * s[0], 1 / s, 0)
-    P = (U.T @ (change @ wide.T) @ U) * inverse
-    removed = (U @ (_blocked(P, s, merged, alpha, diagonal) * inverse) @ U.T) @ wide
-    return (wide + (change - removed)).to(merged.dtype)
-
-
-def _blocked(P: Tensor, s: Tensor, merged: Tensor, alpha: float, diagonal: str) -> Tensor:
-    """E: the entries of P that are taken out of the change."""
-    tolerance = singular_tolerance((merged.shape[0], merged.shape[1]), merged.dtype) * s[0]
-    rank = int((s > tolerance).sum())  # directions behind it are not determined by the data
-    share = s.cumsum(0) / s.sum()
-    k = rank if alpha == 1 else min(rank, int((share <= alpha).sum()))
-    E = torch.zeros_like(P)
-    E[:k, :k] = P[:k, :k]
+    k, rank = _leading(s, alpha, tolerance)
+    seen = change @ wide.T @ U
+    kept = U[:, :k] @ (U[:, :k].T @ seen[:, :k] / s[:k] ** 2)
     if diagonal == "drop":
-        E.diagonal()[:rank] = P.diagonal()[:rank]
-    return E
+        kept = torch.cat([kept, U[:, k:rank] * ((U * seen).sum(0)[k:rank] / s[k:rank] ** 2)], 1)
+    change.addmm_(kept @ U[:, : kept.shape[1]].T, wide, alpha=-1)  # both are copies: merged and d stay as they are
+    return wide.add_(change).to(merged.dtype)
+
+
+def _leading(s: Tensor, alpha: float, tolerance: float) -> tuple[int, int]:
+    """Size k of the block, and how many directions the data determine; k is at most that."""
+    rank = int((s > tolerance * s[0]).sum())
+    k = rank if alpha == 1 else int((s.cumsum(0) / s.sum() <= alpha).sum())
+    return min(k, rank), rank
 
 
 def opcm_scale(norms: Sequence[float], merged_norm: float) -> float:

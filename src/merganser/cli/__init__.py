@@ -61,10 +61,10 @@ def main() -> None:
         app()
     except MerganserError as error:
         from rich.console import Console
-        from rich.markup import escape
+        from rich.text import Text
 
-        console = Console(stderr=True, soft_wrap=True, emoji=False)
-        console.print(f"[bold red]{type(error).__name__}[/]: {escape(error.message)}", highlight=False)
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(Text.assemble((type(error).__name__, "bold red"), f": {error.message}"))
         if error.hint:
-            console.print(f"[cyan]hint[/]: {escape(error.hint)}", highlight=False)
+            console.print(Text.assemble(("hint", "cyan"), f": {error.hint}"))
         sys.exit(2)

@@ -121,7 +121,7 @@ def add(
     from merganser.continual import Fold
 
     fold = Fold(state)
-    cost = fold.cost(expert, threads=threads, ignore=ignore or (), rename=rename or (), base=base)
+    cost = fold.cost(expert, threads=threads, name=name, ignore=ignore or (), rename=rename or (), base=base)
     if not quiet:
         _print_cost(cost)
     if dry_run:

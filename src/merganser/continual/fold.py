@@ -173,8 +173,7 @@ class Fold:
         self._check_weight(weight)
         entry = _entry(expert, weight, name, ignore, rename)
         with locked(self.path, write=True) as ledger:
-            if any(c.name == entry.name for c in ledger.contributors):
-                raise StateError(f"{entry.name} is in {self.path} already", "remove it first, or give another --name")
+            self._refuse_known(ledger, entry)
             source = open_base(self.path, ledger, self.record, base)
             step = prepare(
                 self.path,
@@ -294,14 +293,16 @@ class Fold:
         Args:
             expert: as for `add`.
             threads: as for `add`.
-            options: ignore, rename and base as for `add`.
+            options: name, ignore, rename and base as for `add`.
 
         Raises:
+            StateError: If an expert of that name is in already.
             TensorError: If its tensors do not fit the base's.
         """
         with locked(self.path, write=False) as ledger:
             source = open_base(self.path, ledger, self.record, options.get("base"))
-            entry = _entry(expert, 1.0, None, options.get("ignore", ()), options.get("rename", ()))
+            entry = _entry(expert, 1.0, options.get("name"), options.get("ignore", ()), options.get("rename", ()))
+            self._refuse_known(ledger, entry)
             step = prepare(
                 self.path, ledger, self.record, self.kind, source, entry, factor=1, t=len(ledger.contributors) + 1
             )
@@ -327,6 +328,10 @@ class Fold:
         """Add up states over one base into a new one; see `merganser.continual.combine.combine`."""
         combine([Path(s) for s in states], Path(out), threads=threads)
         return cls(out)
+
+    def _refuse_known(self, ledger: Ledger, entry: Contributor) -> None:
+        if any(c.name == entry.name for c in ledger.contributors):
+            raise StateError(f"{entry.name} is in {self.path} already", "remove it first, or give another --name")
 
     def _check_weight(self, weight: float) -> None:
         method = self.kind.method

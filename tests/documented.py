@@ -1,0 +1,53 @@
+"""The models that README and guides speak of, and the commands that they show."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SHAPES = {
+    "embed.weight": (40, 32),
+    "layer.up.weight": (64, 32),
+    "layer.up.bias": (64,),
+    "layer.down.weight": (32, 64),
+    "layer.mix.weight": (32, 32),
+    "norm.weight": (32,),
+    "head.weight": (10, 32),
+}
+
+
+def make_models(folder: Path) -> None:
+    """Write models/base, models/legal, models/medical and the adapter models/code-lora."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    models = {"base": base}
+    for name in ("legal", "medical"):
+        models[name] = {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+    for name, tensors in models.items():
+        (folder / "models" / name).mkdir(parents=True)
+        save_file(tensors, folder / "models" / name / "model.safetensors")
+        (folder / "models" / name / "config.json").write_text('{"model_type": "example"}')
+    adapter = folder / "models" / "code-lora"
+    adapter.mkdir()
+    factors = {
+        "base_model.model.layer.up.lora_A.weight": torch.randn(4, 32, generator=generator),
+        "base_model.model.layer.up.lora_B.weight": 0.1 * torch.randn(64, 4, generator=generator),
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def console_blocks(page: Path) -> list[tuple[str, str]]:
+    """(command, expected output) of every `$ merganser` line in the console blocks of a page, in order."""
+    shown = []
+    for block in re.findall(r"```console\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            if command.startswith("merganser "):
+                shown.append((command, output))
+    return shown

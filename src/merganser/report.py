@@ -283,6 +283,6 @@ tbody tr:last-child > * { border-bottom: 0 }
 pre { overflow-x: auto; background: #f6f7f9; border-radius: 6px; padding: .8rem; font-size: .85rem; line-height: 1.5 }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
 summary { cursor: pointer; color: var(--mark) }
-@media (max-width: 34rem) { th, td { padding: .4rem .45rem; font-size: .88rem } th:first-child { white-space: normal } }
+@media (max-width: 34rem) { th, td { padding: .4rem; font-size: .88rem } th { white-space: normal } }
 @media print { body { background: #fff } section { break-inside: avoid; border: 0; padding: 0 } }
 """

@@ -189,6 +189,11 @@ class CheckpointWriter:
         overwrite: bool = False,
         stem: str = "model",
     ) -> None:
+        if "__metadata__" in infos or "format" in (aliases or {}):
+            raise OutputError(
+                f"{target}: safetensors cannot hold a tensor called __metadata__, or a tied one called format",
+                "rename it",
+            )
         self.target = target
         self.infos = {name: infos[name] for name in sorted(infos)}
         self._aliases, self._stem = dict(aliases or {}), stem

@@ -43,7 +43,7 @@ class SumsDtype(str, Enum):
 State = Annotated[Path, typer.Argument(help="Folder of the fold's state.")]
 Expert = Annotated[str, typer.Argument(help="A model tuned from the base: folder, file, hub id, or LoRA folder.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Tensors at a time; default: one a core.", show_default=False)]
-Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1.")]
 Base = Annotated[str | None, typer.Option("--base", help="Where the base is now, if it has moved.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
@@ -247,6 +247,7 @@ def show(
     from merganser.continual import Fold
     from merganser.continual.kinds import exports
     from merganser.continual.roles import count_roles
+    from merganser.errors import StateError
 
     fold = Fold(state)
     ledger = fold.ledger
@@ -262,8 +263,11 @@ def show(
     out.print(f"base     {ledger.base_ref}")
     out.print(f"tensors  {', '.join(f'{n} {role}' for role, n in count_roles(fold.record.roles).items())}")
     out.print(f"exports  {', '.join(possible)}")
-    cost = fold.cost_of_next()
-    out.print(f"next add peak memory about {size(cost.peak_bytes)} beside Python and torch")
+    try:
+        cost = fold.cost_of_next()
+        out.print(f"next add peak memory about {size(cost.peak_bytes)} beside Python and torch")
+    except StateError as error:
+        out.print(Text.assemble(("warning  ", "yellow"), error.message))
     table = Table("#", "expert", "weight", "norm of change", "digest", "from", box=None)
     for number, entry in enumerate(ledger.contributors, 1):
         table.add_row(str(number), entry.name, f"{entry.weight:g}", f"{entry.norm:.4g}", entry.digest[:12], entry.ref)

@@ -20,7 +20,7 @@ from merganser.continual.ledger import BaseRecord, Ledger, open_base, read_base_
 from merganser.continual.passing import NORMED
 from merganser.continual.roles import Role
 from merganser.continual.state import locked, open_sums
-from merganser.continual.stream import Job, Progress, chunk_elements, chunks, default_threads, run_jobs
+from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, default_threads, run_jobs
 from merganser.errors import NonFiniteError, OutputError, ParameterError
 from merganser.methods import Method, Step
 from merganser.numerics import TORCH_DTYPES, compute_dtype
@@ -146,7 +146,7 @@ def export(
         with CheckpointWriter(
             out, infos, aliases=source.aliases, shard_bytes=shard_bytes, overwrite=overwrite
         ) as writer:
-            work = _Export(ledger, record, kind, rule, given, source, sums, writer, device)
+            work = _Export(ledger, record, kind, rule, given, source, sums, writer, checked_device(device))
             jobs = [
                 Job(n, partial(work.tensor, n, role), work.peak_bytes(n, role), source.infos[n].nbytes)
                 for n, role in record.roles.items()

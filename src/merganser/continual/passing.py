@@ -21,7 +21,7 @@ from merganser.continual.measure import Reading, changes, equal, model_digest, n
 from merganser.continual.pairing import pair, untied
 from merganser.continual.roles import Role
 from merganser.continual.state import next_generation, open_sums, slot_infos
-from merganser.continual.stream import Job, Progress, chunk_elements, chunks, peak_bytes, run_jobs
+from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, peak_bytes, run_jobs
 from merganser.errors import DtypeError, StateError, TensorError
 from merganser.numerics import compute_dtype, sum_of_squares
 from merganser.types import ITEM_BYTES, Source
@@ -248,4 +248,5 @@ def prepare(
     """
     expert = open_expert(entry, base)
     found = pair(base, expert, record.roles, entry.ignore)
-    return Pass(state, ledger, record, kind, base, expert, found, factor, t, allow_nonfinite, device)
+    where = checked_device(device)
+    return Pass(state, ledger, record, kind, base, expert, found, factor, t, allow_nonfinite, where)

@@ -16,6 +16,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from merganser.errors import ParameterError
+
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
@@ -38,6 +40,20 @@ class Job(Generic[T]):
     run: Callable[[], T]
     peak_bytes: int
     progress_bytes: int
+
+
+def checked_device(name: str) -> str:
+    """The device of that name, if this machine has it and it can do float64.
+
+    Raises:
+        ParameterError: If not.
+    """
+    try:
+        torch.ones(1, dtype=torch.float64, device=name).sum().item()
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ParameterError(f"device {name!r} cannot be used: {reason}", "--device cpu works everywhere") from error
+    return name
 
 
 def default_threads() -> int:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from documented import console_blocks, make_models
 
 ROOT = Path(__file__).parents[1]

@@ -25,6 +25,7 @@ from merganser.types import Source
 
 __all__ = ["open_source"]
 
+_LONGEST_NAME = 255
 _HUB_ID = re.compile(r"(?:hf:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -43,7 +44,13 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
     ref = os.fspath(ref)
     name, _, key = ref.partition("::")
     path = Path(name).expanduser()
+    if len(max(path.parts, key=len, default="")) > _LONGEST_NAME:
+        raise RefError(f"{name[:60]}... is no reference: a part of it is longer than any file's name")
     if path.is_dir():
+        if key:
+            raise RefError(
+                f"{name} is a folder, which has no {key!r} to choose", f"name a torch file: {name}/FILE::{key}"
+            )
         return _open_local_folder(path, ref, base)
     if path.exists():
         return open_weights(path, ref, key or None)

@@ -79,7 +79,7 @@ class Ledger(_Strict):
     base_digest: str
     contributors: tuple[Contributor, ...] = ()
     generation: int = Field(default=0, ge=0)
-    sums: str | None = None
+    sums: str | None = Field(default=None, pattern=r"^sums-\d{5,}$")
     merged_norm: float = 0.0
 
 

@@ -1,9 +1,19 @@
-"""Pages of documentation are run where the models that they speak of are."""
+"""What all tests share; helpers stand in `tests/`. Pages of documentation are run beside the models they speak of."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
+
+from command_line import run
 from documented import make_models
+
+__all__ = ["run"]
+
+settings.register_profile("merganser", derandomize=True, database=None, deadline=None)
+settings.load_profile("merganser")
+torch.set_num_threads(1)  # small matrices: more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import peft
 import pytest
 import torch
 import transformers
-from adapter_helpers import Held, Mixed, Q, pair, trained, written
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from adapter_helpers import Held, Mixed, Q, pair, trained, written
 from merganser.checkpoints.adapter import AdapterSource
 from merganser.errors import AdapterError
 

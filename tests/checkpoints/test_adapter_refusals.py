@@ -7,9 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_helpers import Held, Mixed, Q, pair, trained, written
 from torch import Tensor
 
+from adapter_helpers import Held, Mixed, Q, pair, trained, written
 from merganser.checkpoints.adapter import AdapterSource
 from merganser.checkpoints.lora_config import LoraConfig as Settings
 from merganser.errors import AdapterError, CheckpointError

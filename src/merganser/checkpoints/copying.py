@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from merganser.checkpoints import open_source
+from merganser.checkpoints.overlap import refuse_overlap
 from merganser.checkpoints.views import cast, prefix_replaced
 from merganser.checkpoints.writer import CheckpointWriter
-from merganser.errors import OutputError, ParameterError
+from merganser.errors import ParameterError
 from merganser.types import Source
 from merganser.version import __version__
 
@@ -25,12 +26,6 @@ def renamed_by(source: Source, renamings: Sequence[str]) -> Source:
             raise ParameterError(f"renaming is {renaming!r}; it is written OLD=NEW")
         source = prefix_replaced(source, old, new)
     return source
-
-
-def _local_paths(ref: str) -> list[Path]:
-    """What is here of the parts of a reference."""
-    parts = [ref] if Path(ref).exists() else [part.partition("::")[0] for part in ref.split("+")]
-    return [path for path in (Path(part).expanduser() for part in parts) if path.exists()]
 
 
 def copy_checkpoint(
@@ -59,8 +54,7 @@ def copy_checkpoint(
     """
     source = renamed_by(open_source(ref), rename)
     source = cast(source, dtype) if dtype else source
-    if any(path.resolve().is_relative_to(out.resolve()) for path in _local_paths(ref)):
-        raise OutputError(f"{out} is what is being read, or holds it", "choose another place")
+    refuse_overlap(out, [ref])
     total, done = sum(info.nbytes for info in source.infos.values()), 0
     with CheckpointWriter(
         out, source.infos, aliases=source.aliases, shard_bytes=shard_bytes, overwrite=overwrite

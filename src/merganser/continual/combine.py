@@ -66,7 +66,7 @@ def _check(states: Sequence[Path], ledgers: Sequence[Ledger]) -> None:
             raise StateError(f"{states[0]} and {path} stand on different bases")
         if read_base_record(path).roles != read_base_record(states[0]).roles:
             raise StateError(f"{states[0]} and {path} treat tensors differently", "init both with the same patterns")
-        for field in ("slots", "sums_dtype", "float64"):
+        for field in ("method", "settings", "slots", "sums_dtype", "float64"):
             if getattr(ledger, field) != getattr(first, field):
                 raise StateError(
                     f"{states[0]} and {path} differ in {field}: {getattr(first, field)}, {getattr(ledger, field)}"

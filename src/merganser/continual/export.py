@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import fsum, prod
+from math import fsum
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from merganser.checkpoints.overlap import refuse_overlap
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from merganser.continual.kinds import Kind, check_settings, finaliser, kind_of
 from merganser.continual.ledger import BaseRecord, Ledger, open_base, read_base_record
@@ -21,10 +23,10 @@ from merganser.continual.passing import NORMED
 from merganser.continual.roles import Role
 from merganser.continual.state import locked, open_sums
 from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, default_threads, run_jobs
-from merganser.errors import NonFiniteError, OutputError, ParameterError
+from merganser.errors import NonFiniteError, ParameterError, StateError
 from merganser.methods import Method, Step
-from merganser.numerics import TORCH_DTYPES, compute_dtype
-from merganser.types import FLOAT_DTYPES, ITEM_BYTES, Source, TensorInfo
+from merganser.numerics import TORCH_DTYPES, compute_dtype, raw_bytes
+from merganser.types import FLOAT_DTYPES, Source, TensorInfo
 from merganser.version import __version__
 
 
@@ -58,9 +60,11 @@ class _Export:
         slots = self.kind.slot_shapes(role, info.shape)
         whole = bool(slots) and not self.kind.chunked(role, info.shape)
         scale = self.scale if role in NORMED else 1.0
+        hashed = hashlib.sha256()
         for start, stop in [(0, info.rows)] if whole else chunks(info.shape):
             rows = None if whole or not info.shape else (start, stop)
             old = self.base.read(name, rows)
+            hashed.update(raw_bytes(old))
             if self.sums is None or not slots:
                 self.writer.put(name, old, start)
                 continue
@@ -76,15 +80,15 @@ class _Export:
                     f"the merged {name} overflows {self.writer.infos[name].dtype}", "export with --dtype F32 or BF16"
                 )
             self.writer.put(name, new, start)
+        if hashed.hexdigest() != self.record.tensors[name]:
+            raise StateError(f"{name} of the base {self.base.ref} has changed since init", "put the original base back")
 
     def peak_bytes(self, name: str, role: Role) -> int:
         """Memory that one tensor's job needs at most."""
-        info, item = self.base.infos[name], ITEM_BYTES[self.ledger.sums_dtype]
-        if self.kind.chunked(role, info.shape) or not self.kind.treats_as_matrix(role, info.shape):
-            return chunk_elements(info.shape) * (item + 40)
-        slots = sum(prod(s) for s in self.kind.slot_shapes(role, info.shape).values())
-        square = self.kind.input_width(role, info.shape) ** 2 if "g" in self.kind.slots else 0
-        return item * slots + 40 * info.numel + 24 * square
+        info = self.base.infos[name]
+        if self.kind.treats_as_matrix(role, info.shape):
+            return self.kind.export_bytes(role, info.shape)
+        return chunk_elements(info.shape) * 60
 
 
 def export(
@@ -141,7 +145,7 @@ def export(
         record = read_base_record(state)
         source = open_base(state, ledger, record, base)
         sums = open_sums(state, ledger)
-        _refuse_inside(out, [state, Path(source.ref), *(Path(c.ref) for c in ledger.contributors)])
+        refuse_overlap(out, [str(state), source.ref, *(c.ref for c in ledger.contributors)])
         infos = {n: TensorInfo(i.shape, _out_dtype(i, dtype)) for n, i in source.infos.items()}
         with CheckpointWriter(
             out, infos, aliases=source.aliases, shard_bytes=shard_bytes, overwrite=overwrite
@@ -170,13 +174,6 @@ def export(
 
 def _out_dtype(info: TensorInfo, dtype: str | None) -> str:
     return dtype if dtype is not None and info.dtype in FLOAT_DTYPES else info.dtype
-
-
-def _refuse_inside(out: Path, inputs: list[Path]) -> None:
-    target = out.resolve()
-    for folder in inputs:
-        if target == folder.resolve() or folder.resolve() in target.parents:
-            raise OutputError(f"{out} is, or is inside, {folder}, which the merge is made of", "choose another place")
 
 
 def _peak_rss() -> int:

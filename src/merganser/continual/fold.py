@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +33,11 @@ from merganser.continual.stream import Job, Progress, default_threads, run_jobs
 from merganser.continual.verify import Finding, verify
 from merganser.errors import ParameterError, StateError
 from merganser.methods import Sums
+from merganser.types import Source
 from merganser.version import __version__
+
+#: Larger factors would drown every other expert, and in time overflow.
+LARGEST_WEIGHT = 1e6
 
 
 class Fold:
@@ -121,7 +124,7 @@ class Fold:
                 settings=settings,
                 slots=kind.slots,
                 float64=float64,
-                sums_dtype=sums_dtype or ("F64" if float64 or isinstance(kind.method, Sums) else "F32"),
+                sums_dtype=sums_dtype or _default_sums(kind, source, float64),
                 base_ref=ref,
                 base_digest=model_digest(source.infos, digests),
             )
@@ -152,7 +155,7 @@ class Fold:
 
         Args:
             expert: reference of a model tuned from the base, or of a LoRA adapter on it.
-            weight: factor of its change; any finite number, positive for `gram`.
+            weight: factor of its change, at most 1e6 in size; positive for `gram`.
             name: what the ledger calls it; by default the last part of the reference.
             ignore: patterns of tensor names to leave out.
             rename: prefixes to replace, each as "OLD=NEW".
@@ -336,8 +339,8 @@ class Fold:
     def _check_weight(self, weight: float) -> None:
         method = self.kind.method
         positive = isinstance(method, Sums) and method.positive
-        if not isfinite(weight) or (positive and weight <= 0):
-            wanted = "a positive number" if positive else "a finite number"
+        if not abs(weight) <= LARGEST_WEIGHT or (positive and weight <= 0):
+            wanted = f"a {'positive ' if positive else ''}number of at most {LARGEST_WEIGHT:g} in size"
             raise ParameterError(f"weight is {weight}; {self.ledger.method} needs {wanted}")
 
     def _commit(
@@ -356,17 +359,15 @@ class Fold:
                     "outputs": result.writer.digests(),
                 }
             )
-        after = ledger.model_copy(
-            update={
-                "version": __version__,
-                "contributors": contributors,
-                "generation": generation,
-                "sums": sums,
-                "merged_norm": merged_norm,
-            }
-        )
+        changed = {"version": __version__, "generation": generation, "sums": sums, "merged_norm": merged_norm}
+        after = Ledger.model_validate(dict(ledger) | changed | {"contributors": contributors})
         advance(self.path, ledger, after)
         self.ledger = after
+
+
+def _default_sums(kind: Kind, base: Source, float64: bool) -> Literal["F32", "F64"]:
+    exact = float64 or isinstance(kind.method, Sums) or any(info.dtype == "F64" for info in base.infos.values())
+    return "F64" if exact else "F32"
 
 
 def _entry(

@@ -33,6 +33,19 @@ from merganser.numerics import pack_symmetric, unpack_symmetric
 
 Slots = dict[str, Tensor]
 
+#: Bytes that folding an m x n weight takes: an entry, an entry of the square of the short side, and one of the input
+#: side. Fitted to measured peaks (tests/continual/test_memory.py holds them to it).
+FOLD_BYTES = {
+    "opcm": (36, 40, 0),
+    "ties": (44, 0, 0),
+    "magmax": (26, 0, 0),
+    "dop": (128, 0, 0),
+    "nufilt": (98, 0, 0),
+    "tsv_m": (48, 20, 0),
+    "gram": (54, 0, 24),
+    "sums": (36, 0, 0),
+}
+
 #: Matrices with a side shorter than this are vectors to a method of factors: their rank cannot be shared out.
 THINNEST_FACTORED = 32
 
@@ -130,7 +143,7 @@ class Kind:
             if "g" in self.slots:
                 g, terms["b"] = gram_terms(d)
                 terms["g"] = pack_symmetric(g)
-        return {n: torch.add(state[n], x, alpha=weight) if state else x * weight for n, x in terms.items()}
+        return {n: torch.add(state[n], x, alpha=weight) if state else x.double() * weight for n, x in terms.items()}
 
     def finalise(
         self, method: Method, role: Role, shape: Sequence[int], state: Slots, given: Mapping[str, Any], total: float
@@ -156,23 +169,19 @@ class Kind:
             brought["g"] = unpack_symmetric(state["g"], matrix_shape(role, shape)[1])
         return _as_tensor(call(method.function, brought, given))
 
-    def input_width(self, role: Role, shape: Sequence[int]) -> int:
-        """Columns of a matrix, which are the layer's inputs."""
-        return matrix_shape(role, shape)[1]
-
-    def work_bytes(self, role: Role, shape: Sequence[int], item: int) -> int:
-        """Memory in bytes that folding one whole matrix needs beside its inputs, at `item` bytes an element of sums.
-
-        Counted from the rules: full-size float64 temporaries, squares of the short side, Grams of the input side.
-        """
+    def fold_bytes(self, role: Role, shape: Sequence[int], *, float64: bool) -> int:
+        """Memory in bytes that folding one whole tensor takes, inputs and results included."""
+        if not self.treats_as_matrix(role, shape):
+            return prod(shape) * (80 if float64 else 44)
         m, n = matrix_shape(role, shape)
-        full, short, wide = m * n, min(m, n) ** 2, n * n
-        slots = sum(prod(s) for s in self.slot_shapes(role, shape).values())
-        grams = 3 * wide if "g" in self.slots and isinstance(self.method, Sums) else 0
-        spectral = 0 if isinstance(self.method, Sums) else 8 * (3 * full + 8 * short)
-        if self.method is METHODS["dop"]:
-            spectral += 8 * 6 * wide
-        return 2 * item * slots + 4 * (3 * full + grams) + spectral
+        full, short, wide = FOLD_BYTES["sums" if self.slots == ("s",) else method_name(self.method)]
+        return (full + 36 * float64) * m * n + short * min(m, n) ** 2 + wide * n * n
+
+    def export_bytes(self, role: Role, shape: Sequence[int]) -> int:
+        """Memory in bytes that exporting one matrix takes, inputs and results included."""
+        m, n = matrix_shape(role, shape)
+        factors = 40 * (m * n + min(m, n) ** 2) if isinstance(self.method, Factors) else 0
+        return 40 * m * n + factors + (36 * n * n if "g" in self.slots else 0)
 
 
 def _as_tensor(value: object) -> Tensor:
@@ -209,15 +218,23 @@ def check_settings(name: str, given: Mapping[str, Any]) -> None:
     """
     method = find_method(name)
     known = settings_of(method)
-    for setting in given:
+    for setting, value in given.items():
         if setting not in known:
             takes = ", ".join(f"{k}={v}" for k, v in known.items()) or "no settings"
             raise ParameterError(f"{name} has no setting {setting!r}", f"it takes {takes}")
+        word = isinstance(known[setting], str)
+        if isinstance(value, bool) or not isinstance(value, str if word else (int, float)):
+            raise ParameterError(f"{setting} is {value!r}; {name} takes a {'word' if word else 'number'} there")
     one, eye = torch.ones(2, 2), torch.eye(2)
     brought = {"merged": one, "d": one, "t": 2, "s": one, "g": eye, "b": one, "total": 1.0}
     if isinstance(method, Factors):
         brought |= {"u": eye, "s": torch.ones(2), "v": eye}
     call(method.function, brought, given)
+
+
+def method_name(method: Method) -> str:
+    """First name of a row of the table."""
+    return next(name for name, row in METHODS.items() if row is method)
 
 
 def exports(kind: Kind) -> list[str]:

@@ -148,18 +148,13 @@ class Pass:
         for name, role in self.record.roles.items():
             info = self.base.infos[name]
             slot_bytes = item * sum(prod(s) for s in self.kind.slot_shapes(role, info.shape).values())
-            compute = 8 if self.ledger.float64 or info.dtype == "F64" else 4
+            float64 = self.ledger.float64 or info.dtype == "F64"
             if role in ("exact", "fixed"):
                 needs = 2 * info.nbytes
             elif self.kind.chunked(role, info.shape):
-                needs = chunk_elements(info.shape) * (8 + 4 * compute + 3 * item + 8)
+                needs = chunk_elements(info.shape) * (72 if float64 else 48)
             else:
-                work = (
-                    self.kind.work_bytes(role, info.shape, item)
-                    if self.kind.treats_as_matrix(role, info.shape)
-                    else 40 * info.numel
-                )
-                needs = 2 * info.nbytes + info.numel * (2 * compute + 8) + work
+                needs = self.kind.fold_bytes(role, info.shape, float64=float64)
             run = partial(self._fold_tensor, name, role, sums, writer)
             jobs.append(Job(name, run, needs, 2 * info.nbytes + 2 * slot_bytes))
         return jobs

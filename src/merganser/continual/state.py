@@ -52,6 +52,8 @@ def _remove_rubbish(state: Path, ledger: Ledger) -> None:
     for path in (*state.glob("sums-*"), *state.glob(".sums-*")):
         if path.name != ledger.sums:
             shutil.rmtree(path)
+    for path in state.glob(".*.json.new"):
+        path.unlink()
 
 
 def open_sums(state: Path, ledger: Ledger) -> Source | None:

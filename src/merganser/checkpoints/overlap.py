@@ -1,0 +1,31 @@
+"""No output may replace, hold or lie within what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from merganser.errors import OutputError
+
+
+def local_paths(ref: str) -> list[Path]:
+    """What is on this machine of the parts of a reference, with links resolved."""
+    parts = [ref] if Path(ref).exists() else [part.partition("::")[0] for part in ref.split("+")]
+    return [path.resolve() for path in (Path(part).expanduser() for part in parts) if path.exists()]
+
+
+def refuse_overlap(out: Path, inputs: Iterable[str]) -> None:
+    """Refuse an output folder that is, holds or lies within one of the inputs.
+
+    Args:
+        out: folder to be made.
+        inputs: references.
+
+    Raises:
+        OutputError: Names the input.
+    """
+    target = out.resolve()
+    for ref in inputs:
+        for path in local_paths(ref):
+            if path.is_relative_to(target) or (path.is_dir() and target.is_relative_to(path)):
+                raise OutputError(f"{out} is, holds or lies within {path}, which is read", "choose another place")

@@ -205,10 +205,13 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "target exists": (("{m}", "{taken}"), "OutputError: {taken} exists"),
     "target is a file": (("{m}", "{taken}/mine.txt", "--overwrite"), "OutputError: {taken}/mine.txt exists and is not"),
-    "onto itself": (("{m}", "{m}", "--overwrite"), "OutputError: {m} is what is being read, or holds it"),
-    "onto its folder": (("{m}/model.safetensors", "{m}", "--overwrite"), "OutputError: {m} is what is being read, or"),
-    "onto its parent": (("{m}", "{root}", "--overwrite"), "OutputError: {root} is what is being read, or holds it"),
-    "onto a base": (("{m}+{lora}", "{m}", "--overwrite"), "OutputError: {m} is what is being read, or holds it"),
+    "onto itself": (("{m}", "{m}", "--overwrite"), "OutputError: {m} is, holds or lies within what is read"),
+    "onto its folder": (
+        ("{m}/model.safetensors", "{m}", "--overwrite"),
+        "OutputError: {m} is, holds or lies within what is read",
+    ),
+    "onto its parent": (("{m}", "{root}", "--overwrite"), "OutputError: {root} is, holds or lies within what is read"),
+    "onto a base": (("{m}+{lora}", "{m}", "--overwrite"), "OutputError: {m} is, holds or lies within what is read"),
 }
 
 

@@ -444,13 +444,13 @@ def test_folder_that_is_there_is_not_overwritten_unasked(shop: Shop) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("place", ["state", "models/base", "models/expert-01", "state/merged", "models/expert-02/a/b"])
 def test_export_never_writes_into_what_it_is_made_of(shop: Shop, place: str, overwrite: bool) -> None:
-    with shop.untouched(), refused(OutputError, "which is read", "choose another place"):
+    with shop.untouched(), refused(OutputError, "lies within what is read", "choose another place"):
         shop.fold.export(shop.root / place, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("place", [".", "models"])
 def test_overwriting_export_never_replaces_a_folder_that_holds_what_it_is_made_of(shop: Shop, place: str) -> None:
-    with shop.untouched(), refused(OutputError, "which is read", "choose another place"):
+    with shop.untouched(), refused(OutputError, "lies within what is read", "choose another place"):
         shop.fold.export(shop.root / place, overwrite=True)
 
 
@@ -460,7 +460,7 @@ def test_overwriting_export_never_replaces_the_folder_of_a_base_given_as_a_file(
     fold.add(expert / "model.safetensors")
     for folder in (base, expert):
         before = tree(tmp_path)
-        with pytest.raises(OutputError, match="which is read"):
+        with pytest.raises(OutputError, match="lies within what is read"):
             fold.export(folder, overwrite=True)
         assert tree(tmp_path) == before
 

@@ -28,4 +28,4 @@ def refuse_overlap(out: Path, inputs: Iterable[str]) -> None:
     for ref in inputs:
         for path in local_paths(ref):
             if path.is_relative_to(target) or (path.is_dir() and target.is_relative_to(path)):
-                raise OutputError(f"{out} is, holds or lies within {path}, which is read", "choose another place")
+                raise OutputError(f"{out} is, holds or lies within what is read, {path}", "choose another place")

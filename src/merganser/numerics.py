@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merganser.errors import NonFiniteError
+
 #: safetensors dtype name -> torch dtype.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -40,6 +42,18 @@ def compute_dtype(stored: torch.dtype, *, float64: bool = False) -> torch.dtype:
     return torch.float64 if float64 or stored == torch.float64 else torch.float32
 
 
+def narrowed(x: Tensor, dtype: str, name: str) -> Tensor:
+    """Cast to a type by its safetensors name.
+
+    Raises:
+        NonFiniteError: If a finite value becomes infinite.
+    """
+    cast = x.to(TORCH_DTYPES[dtype])
+    if cast is not x and cast.is_floating_point() and not torch.equal(torch.isfinite(cast), torch.isfinite(x)):
+        raise NonFiniteError(f"{name} overflows {dtype}", "choose a wider type: --dtype BF16 or F32")
+    return cast
+
+
 def raw_bytes(x: Tensor) -> memoryview:
     r"""The bytes of a CPU tensor in memory order, without a copy where it is contiguous.
 
@@ -65,7 +79,7 @@ def singular_tolerance(shape: tuple[int, int], dtype: torch.dtype) -> float:
 
     Rounding every entry of an m x n matrix moves its singular values by at most
     eps/2 * (sqrt(m) + sqrt(n)) / sqrt(max(m, n)) * s_1 <= eps * s_1; 8 eps leaves room. The float64 route
-    of `orthogonal factors` loses max(m, n) eps instead.
+    of a float64 SVD loses max(m, n) eps instead.
     """
     if dtype == torch.float64:
         return max(shape) * torch.finfo(torch.float64).eps

@@ -70,7 +70,7 @@ def test_inspect_prints_counts_types_roles_and_ties(run: Run, tmp_path: Path) ->
 
 
 def test_inspect_tensors_lists_every_tensor_in_full(run: Run, tmp_path: Path) -> None:
-    long = ".".join(["model.layers.0.a_name_that_is_longer_than_any_terminal_is_wide"] * 6)
+    long = ".".join(["model.layers.0.a_name_that_is_longer_than_any_terminal_is_wide"] * 6) + ".weight"
     save_file({long: torch.zeros(2, 3), "b[red]": torch.zeros(1)}, tmp_path / "x.safetensors")
     code, out, _ = run("inspect", tmp_path / "x.safetensors", "--tensors")
     assert code == 0
@@ -244,7 +244,11 @@ def test_convert_refuses_with_2_one_message_and_everything_as_it_was(run: Run, t
 def test_overwrite_replaces_the_folder(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
-    assert run("convert", folder_of(tmp_path / "m"), tmp_path / "out", "--overwrite")[0] == 0
+    code, _, err = run("convert", folder_of(tmp_path / "m"), tmp_path / "out", "--overwrite")
+    assert (code, "it was not made here" in err) == (2, True)
+    assert (tmp_path / "out" / "old.txt").read_text() == "old"
+    (tmp_path / "out" / "merganser.json").write_text("{}")
+    assert run("convert", tmp_path / "m", tmp_path / "out", "--overwrite")[0] == 0
     assert not (tmp_path / "out" / "old.txt").exists()
     assert_same(loaded(tmp_path / "out"), model())
 

@@ -471,7 +471,7 @@ def test_merge_that_overflows_the_type_is_refused_and_goes_through_in_a_wider_on
     fold = Fold.init(save(base, tmp_path / "base"), tmp_path / "state", "linear")
     fold.add(save(expert, tmp_path / "expert"), weight=4.0)
     before = tree(tmp_path)
-    with refused(NonFiniteError, "the merged a.weight overflows F16", "export with --dtype F32 or BF16"):
+    with refused(NonFiniteError, "a.weight overflows F16", "choose a wider type: --dtype BF16 or F32"):
         fold.export(tmp_path / "out")
     assert tree(tmp_path) == before
     merged = load(fold.export(tmp_path / "out", dtype="F32"))

@@ -329,5 +329,5 @@ def test_the_value_that_crosses_alpha_is_not_in_the_block() -> None:
 
 def test_ledger_holds_the_norm_of_the_unnormalised_sum(family64: list[Path], tmp_path: Path) -> None:
     fold = fold_all(family64, tmp_path, float64=True)
-    sums = {n.removeprefix("d/"): x for n, x in arrays(load_sums(fold.path)).items()}
+    sums = {n.removeprefix("d/"): x for n, x in arrays(load_sums(fold.path)).items() if n[0] == "d"}
     assert read_ledger(fold.path).merged_norm == pytest.approx(whole_norm(sums), rel=1e-13)

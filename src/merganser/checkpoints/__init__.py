@@ -20,12 +20,12 @@ import re
 from pathlib import Path
 
 from merganser.checkpoints.folder import open_folder, open_weights
+from merganser.checkpoints.views import anonymous
 from merganser.errors import RefError
 from merganser.types import Source
 
-__all__ = ["open_source"]
+__all__ = ["local_path", "open_source"]
 
-_LONGEST_NAME = 255
 _HUB_ID = re.compile(r"(?:hf:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -43,9 +43,7 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
     """
     ref = os.fspath(ref)
     name, _, key = ref.partition("::")
-    path = Path(name).expanduser()
-    if len(max(path.parts, key=len, default="")) > _LONGEST_NAME:
-        raise RefError(f"{name[:60]}... is no reference: a part of it is longer than any file's name")
+    path = local_path(name)
     if path.is_dir():
         if key:
             raise RefError(
@@ -56,7 +54,8 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
         return open_weights(path, ref, key or None)
     if "+" in ref:
         base_ref, _, adapter_ref = ref.rpartition("+")
-        return open_source(adapter_ref, base=open_source(base_ref))
+        # The base is the reference's own, so its bytes belong to what is read: no identity stands for them.
+        return anonymous(open_source(adapter_ref, base=open_source(base_ref)))
     hub_id = _HUB_ID.fullmatch(ref)
     if ref.startswith("hf:") or (hub_id and not path.parent.exists()):
         if hub_id is None:
@@ -67,6 +66,21 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
 
         return _open_local_folder(snapshot(hub_id["repo"], hub_id["revision"]), ref, base)
     raise RefError(f"{ref} does not exist", _nearest(path))
+
+
+def local_path(ref: str) -> Path:
+    """A reference seen as a local path, which may or may not exist.
+
+    Raises:
+        RefError: If no file can have such a name.
+    """
+    try:
+        ref.encode("utf-8")
+        path = Path(ref).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RefError(f"{ref[:80]!r} cannot be the name of a file: {error}"[:300]) from error
+    return path
 
 
 def _open_local_folder(folder: Path, ref: str, base: Source | None) -> Source:

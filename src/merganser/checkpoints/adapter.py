@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -45,7 +46,11 @@ class AdapterSource:
         seen = dict(base.infos) | {alias: base.infos[name] for alias, name in base.aliases.items()}
         self._edits = self._fold_ties(place(own, self._config, seen, base.ref))
         self._norms: dict[str, Tensor] = {}
-        self.identity: str | None = _identity(self._own, self._config, base)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over the adapter and its settings; what it is applied to is the caller's to know."""
+        return _identity(self._own, self._config, self._base)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Read one tensor, or rows [start, stop) of it, with the adapter applied; a slice has the bits of the whole.

@@ -15,10 +15,18 @@ from merganser.types import FLOAT_DTYPES, Source, TensorInfo
 class View:
     """A source under other names and types; base of what the functions of this module return."""
 
-    def __init__(self, source: Source, origin: Mapping[str, str], dtype: str | None = None) -> None:
-        self._source, self._dtype = source, dtype
+    def __init__(
+        self,
+        source: Source,
+        origin: Mapping[str, str],
+        dtype: str | None = None,
+        *,
+        only: Sequence[str] = FLOAT_DTYPES,
+        anonymous: bool = False,
+    ) -> None:
+        self._source, self._dtype, self._only, self._anonymous = source, dtype, only, anonymous
         self._origin = {name: origin[name] for name in sorted(origin)}
-        self.ref, self.identity = source.ref, source.identity
+        self.ref = source.ref
         self.infos: Mapping[str, TensorInfo] = {
             name: self._seen(source.infos[old]) for name, old in self._origin.items() if old in source.infos
         }
@@ -27,8 +35,13 @@ class View:
             name: shown[source.aliases[old]] for name, old in self._origin.items() if old in source.aliases
         }
 
+    @property
+    def identity(self) -> str | None:
+        """The source's identity, unless this view hides it."""
+        return None if self._anonymous else self._source.identity
+
     def _seen(self, info: TensorInfo) -> TensorInfo:
-        return TensorInfo(info.shape, self._dtype) if self._dtype and info.dtype in FLOAT_DTYPES else info
+        return TensorInfo(info.shape, self._dtype) if self._dtype and info.dtype in self._only else info
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Read one tensor or rows of it, as this view shows it."""
@@ -67,6 +80,16 @@ def prefix_replaced(source: Source, old: str, new: str) -> View:
     if not any(name.startswith(old) for name in _all_names(source)):
         raise ParameterError(f"{source.ref}: no tensor's name starts with {old!r}")
     return renamed(source, lambda name: new + name[len(old) :] if name.startswith(old) else name)
+
+
+def anonymous(source: Source) -> View:
+    """Show a source without its identity, so that only the bytes read stand for it."""
+    return View(source, {name: name for name in _all_names(source)}, anonymous=True)
+
+
+def widened(source: Source) -> View:
+    """Show half-precision tensors as F32, for arithmetic on them; others as they are."""
+    return View(source, {name: name for name in _all_names(source)}, "F32", only=("F16", "BF16"))
 
 
 def cast(source: Source, dtype: str) -> View:

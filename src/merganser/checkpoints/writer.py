@@ -6,6 +6,7 @@ killed at any moment leaves the target as it was, and a leftover that the next w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import glob
@@ -24,11 +25,12 @@ from typing import Any
 from torch import Tensor
 
 from merganser.errors import OutputError
-from merganser.numerics import TORCH_DTYPES, raw_bytes
+from merganser.numerics import narrowed, raw_bytes
 from merganser.types import ITEM_BYTES, TensorInfo
 
 RECEIPT_NAME = "merganser.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
+FLUSH_BYTES = 1 << 26
 
 
 class FolderTransaction:
@@ -47,8 +49,13 @@ class FolderTransaction:
         try:
             if target.is_symlink() or (target.exists() and not target.is_dir()):
                 raise OutputError(f"{target} exists and is not a folder")
-            if target.exists() and any(target.iterdir()) and not overwrite:
-                raise OutputError(f"{target} exists", "choose another name, or add --overwrite")
+            if target.exists() and any(target.iterdir()):
+                if not overwrite:
+                    raise OutputError(
+                        f"{target} exists", "choose another name; export and convert can also --overwrite"
+                    )
+                if not (target / RECEIPT_NAME).is_file():
+                    raise OutputError(f"{target} holds no {RECEIPT_NAME}: it was not made here", "remove it yourself")
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target)
             self.folder, self._lock = _locked_sibling(target)
@@ -125,6 +132,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _try_sync(path: Path) -> None:
+    """Flush early; an error shows again in the flush that counts, and a file that is gone needs none."""
+    with contextlib.suppress(OSError):
+        sync(path)
 
 
 def remove_leftovers(target: Path) -> None:
@@ -213,6 +226,8 @@ class CheckpointWriter:
         self._hashes: dict[str, Any] = {name: hashlib.sha256() for name in self.infos}
         self._written = dict.fromkeys(self.infos, 0)
         self._lock = threading.Lock()
+        self._unflushed = 0
+        self._flusher: threading.Thread | None = None
         self._open = True
 
     @property
@@ -255,9 +270,10 @@ class CheckpointWriter:
 
         Raises:
             OutputError: If the disk is full.
+            NonFiniteError: If a finite value does not fit the tensor's type.
         """
         info = self.infos[name]
-        data = raw_bytes(tensor.detach().to("cpu", TORCH_DTYPES[info.dtype]))
+        data = raw_bytes(narrowed(tensor.detach(), info.dtype, name).cpu())
         offset = start_row * (info.nbytes // info.rows) if info.rows else 0
         if offset != self._written[name] or offset + len(data) > info.nbytes:
             raise ValueError(f"{name}: bytes [{offset}, {offset + len(data)}) do not follow {self._written[name]}")
@@ -272,6 +288,17 @@ class CheckpointWriter:
             raise OutputError(f"{self.target} cannot be written: {error.strerror}") from error
         self._hashes[name].update(data)
         self._written[name] = offset + len(data)
+        self._flush_behind(path, len(data))
+
+    def _flush_behind(self, path: Path, count: int) -> None:
+        """Begin to flush what is written while the next is computed, so that the commit need not wait for all of it."""
+        with self._lock:
+            self._unflushed += count
+            due = self._unflushed >= FLUSH_BYTES and (self._flusher is None or not self._flusher.is_alive())
+            if due:
+                self._unflushed = 0
+                self._flusher = threading.Thread(target=_try_sync, args=(path,), daemon=True)
+                self._flusher.start()
 
     def digests(self) -> dict[str, str]:
         """sha256 of every tensor's bytes."""

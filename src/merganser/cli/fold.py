@@ -71,9 +71,11 @@ def init(
 ) -> None:
     """Begin a fold over a base. Nothing is merged yet."""
     from merganser.continual import Fold
+    from merganser.continual.kinds import check_settings
     from merganser.continual.roles import count_roles
 
     given = collect(set_, alpha=alpha, diagonal=diagonal, density=density, scale=scale, eps=eps)
+    check_settings(method, given)
     with progress_bar("reading the base", quiet=quiet) as progress:
         fold = Fold.init(
             base,
@@ -121,9 +123,10 @@ def add(
     from merganser.continual import Fold
 
     fold = Fold(state)
-    cost = fold.cost(expert, threads=threads, name=name, ignore=ignore or (), rename=rename or (), base=base)
-    if not quiet:
-        _print_cost(cost)
+    if dry_run or not quiet:
+        cost = fold.cost(expert, threads=threads, name=name, ignore=ignore or (), rename=rename or (), base=base)
+        if not quiet:
+            _print_cost(cost)
     if dry_run:
         return
     with progress_bar(f"adding {expert}", quiet=quiet) as progress:
@@ -162,7 +165,7 @@ def remove(
         console().print(f"{state}: {entry.name} is out")
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # a weight may be negative
 def reweight(
     state: State,
     expert: Expert,
@@ -218,9 +221,13 @@ def export(
 ) -> None:
     """Write the merged model as an ordinary checkpoint folder, with the base's config and a receipt."""
     from merganser.continual import Fold
+    from merganser.continual.kinds import check_settings
 
+    fold = Fold(state)
+    given = collect(set_, alpha=alpha, scale=scale, eps=eps)
+    check_settings(method or fold.ledger.method, given)
     with progress_bar("exporting", quiet=quiet) as progress:
-        Fold(state).export(
+        fold.export(
             out,
             method,
             dtype=dtype.value if dtype else None,
@@ -230,7 +237,7 @@ def export(
             device=device,
             threads=threads,
             progress=progress,
-            **collect(set_, alpha=alpha, scale=scale, eps=eps),
+            **given,
         )
     if not quiet:
         console().print(f"{out}: written")
@@ -247,7 +254,7 @@ def show(
     from merganser.continual import Fold
     from merganser.continual.kinds import exports
     from merganser.continual.roles import count_roles
-    from merganser.errors import StateError
+    from merganser.errors import MerganserError
 
     fold = Fold(state)
     ledger = fold.ledger
@@ -266,7 +273,7 @@ def show(
     try:
         cost = fold.cost_of_next()
         out.print(f"next add peak memory about {size(cost.peak_bytes)} beside Python and torch")
-    except StateError as error:
+    except MerganserError as error:
         out.print(Text.assemble(("warning  ", "yellow"), error.message))
     table = Table("#", "expert", "weight", "norm of change", "digest", "from", box=None)
     for number, entry in enumerate(ledger.contributors, 1):

@@ -10,10 +10,9 @@ from pathlib import Path
 from merganser.checkpoints.writer import CheckpointWriter, FolderTransaction
 from merganser.continual.kinds import kind_of
 from merganser.continual.ledger import BASE_NAME, LEDGER_NAME, Ledger, read_base_record, write_record
-from merganser.continual.state import locked, open_sums
-from merganser.continual.stream import Job, Progress, chunk_elements, chunks, default_threads, run_jobs
+from merganser.continual.state import CheckedSums, locked, open_sums
+from merganser.continual.stream import Job, Progress, chunk_elements, chunks, run_jobs, usable_threads
 from merganser.errors import ParameterError, StateError
-from merganser.types import Source
 from merganser.version import __version__
 
 
@@ -37,11 +36,14 @@ def combine(states: Sequence[Path], out: Path, *, threads: int | None = None, pr
         ledgers = [stack.enter_context(locked(state, write=False)) for state in states]
         _check(states, ledgers)
         record = read_base_record(states[0])
-        filled = [s for path, ledger in zip(states, ledgers, strict=True) if (s := open_sums(path, ledger)) is not None]
+        first = ledgers[0]
+        expected = kind_of(first.method, first.settings, first.slots).expected_slots(record, first.sums_dtype)
+        opened = [open_sums(path, ledger, expected) for path, ledger in zip(states, ledgers, strict=True)]
+        filled = [sums for sums in opened if sums is not None]
         transaction = FolderTransaction(out)
         try:
             sums = _add(filled, transaction.folder / "sums-00001", threads, progress) if filled else None
-            ledger = ledgers[0].model_copy(
+            ledger = first.model_copy(
                 update={
                     "version": __version__,
                     "contributors": tuple(c for one in ledgers for c in one.contributors),
@@ -80,7 +82,7 @@ def _check(states: Sequence[Path], ledgers: Sequence[Ledger]) -> None:
                 seen[key] = str(path)
 
 
-def _add(sources: Sequence[Source], target: Path, threads: int | None, progress: Progress | None) -> Path:
+def _add(sources: Sequence[CheckedSums], target: Path, threads: int | None, progress: Progress | None) -> Path:
     infos = sources[0].infos
     with CheckpointWriter(target, infos, stem="sums") as writer:
 
@@ -94,6 +96,6 @@ def _add(sources: Sequence[Source], target: Path, threads: int | None, progress:
                 writer.put(name, total, start)
 
         jobs = [Job(n, partial(add, n), 24 * chunk_elements(i.shape), i.nbytes) for n, i in infos.items()]
-        run_jobs(jobs, threads=threads or default_threads(), progress=progress)
+        run_jobs(jobs, threads=usable_threads(threads), progress=progress)
         writer.commit({"merganser": __version__, "generation": 1, "outputs": writer.digests()})
     return target

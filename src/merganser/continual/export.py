@@ -21,11 +21,11 @@ from merganser.continual.kinds import Kind, check_settings, finaliser, kind_of
 from merganser.continual.ledger import BaseRecord, Ledger, open_base, read_base_record
 from merganser.continual.passing import NORMED
 from merganser.continual.roles import Role
-from merganser.continual.state import locked, open_sums
-from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, default_threads, run_jobs
+from merganser.continual.state import CheckedSums, locked, open_sums
+from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, run_jobs, usable_threads
 from merganser.errors import NonFiniteError, ParameterError, StateError
 from merganser.methods import Method, Step
-from merganser.numerics import TORCH_DTYPES, compute_dtype, raw_bytes
+from merganser.numerics import compute_dtype, raw_bytes
 from merganser.types import FLOAT_DTYPES, Source, TensorInfo
 from merganser.version import __version__
 
@@ -40,13 +40,13 @@ class _Export:
     method: Method
     given: Mapping[str, Any]
     base: Source
-    sums: Source | None
+    sums: CheckedSums | None
     writer: CheckpointWriter
     device: str
 
-    @property
-    def total(self) -> float:
-        return fsum(c.weight for c in self.ledger.contributors)
+    def total(self, role: Role) -> float:
+        """Sum of the weights; of their sizes for statistics, of which no negative multiple makes sense."""
+        return fsum(abs(c.weight) if role == "statistic" else c.weight for c in self.ledger.contributors)
 
     @property
     def scale(self) -> float:
@@ -68,17 +68,13 @@ class _Export:
             if self.sums is None or not slots:
                 self.writer.put(name, old, start)
                 continue
-            dtype = compute_dtype(old.dtype, float64=self.ledger.float64)
+            dtype = compute_dtype(old.dtype, float64=self.ledger.float64 or self.writer.infos[name].dtype == "F64")
             state = {s: self.sums.read(f"{s}/{name}", rows).to(self.device) for s in slots}
-            change = self.kind.finalise(self.method, role, info.shape, state, self.given, self.total)
+            change = self.kind.finalise(self.method, role, info.shape, state, self.given, self.total(role))
             change = change.to(dtype) * scale if scale != 1 else change.to(dtype)
-            new = (old.to(self.device, dtype) + self.kind.restored(role, info.shape, change)).to(
-                TORCH_DTYPES[self.writer.infos[name].dtype]
-            )
+            new = old.to(self.device, dtype) + self.kind.restored(role, info.shape, change)
             if not bool(torch.isfinite(new).all()):
-                raise NonFiniteError(
-                    f"the merged {name} overflows {self.writer.infos[name].dtype}", "export with --dtype F32 or BF16"
-                )
+                raise NonFiniteError(f"the merged {name} is not finite", "the weights or the scale are too large")
             self.writer.put(name, new, start)
         if hashed.hexdigest() != self.record.tensors[name]:
             raise StateError(f"{name} of the base {self.base.ref} has changed since init", "put the original base back")
@@ -144,7 +140,7 @@ def export(
             )
         record = read_base_record(state)
         source = open_base(state, ledger, record, base)
-        sums = open_sums(state, ledger)
+        sums = open_sums(state, ledger, kind.expected_slots(record, ledger.sums_dtype))
         refuse_overlap(out, [str(state), source.ref, *(c.ref for c in ledger.contributors)])
         infos = {n: TensorInfo(i.shape, _out_dtype(i, dtype)) for n, i in source.infos.items()}
         with CheckpointWriter(
@@ -155,7 +151,7 @@ def export(
                 Job(n, partial(work.tensor, n, role), work.peak_bytes(n, role), source.infos[n].nbytes)
                 for n, role in record.roles.items()
             ]
-            run_jobs(jobs, threads=threads or default_threads(), progress=progress)
+            run_jobs(jobs, threads=usable_threads(threads), progress=progress)
             receipt = {
                 "merganser": __version__,
                 "torch": torch.__version__,

@@ -29,7 +29,7 @@ from merganser.continual.measure import base_digest, model_digest
 from merganser.continual.passing import Cost, Pass, Result, prepare
 from merganser.continual.roles import assign_roles
 from merganser.continual.state import advance, bytes_on_disk, locked
-from merganser.continual.stream import Job, Progress, default_threads, run_jobs
+from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.continual.verify import Finding, verify
 from merganser.errors import ParameterError, StateError
 from merganser.methods import Sums
@@ -63,7 +63,7 @@ class Fold:
     @property
     def kind(self) -> Kind:
         """The continual side of this fold's method."""
-        return kind_of(self.ledger.method, self.ledger.settings, self.ledger.slots)
+        return _kind(self.ledger)
 
     @property
     def state_bytes(self) -> int:
@@ -108,6 +108,8 @@ class Fold:
             OutputError: If the state folder exists.
         """
         kind = kind_of(method, settings)
+        if sums_dtype not in (None, "F32", "F64"):
+            raise ParameterError(f"sums_dtype is {sums_dtype!r}; it is F32 or F64")
         ref = absolute_ref(str(base))
         source = open_source(ref)
         roles = assign_roles(source, freeze=freeze, matrix=matrix, vector=vector)
@@ -117,7 +119,7 @@ class Fold:
                 Job(name, partial(base_digest, source, name, roles[name]), 2 * info.nbytes, info.nbytes)
                 for name, info in source.infos.items()
             ]
-            digests = run_jobs(jobs, threads=threads or default_threads(), progress=progress)
+            digests = run_jobs(jobs, threads=usable_threads(threads), progress=progress)
             ledger = Ledger(
                 version=__version__,
                 method=method,
@@ -128,7 +130,8 @@ class Fold:
                 base_ref=ref,
                 base_digest=model_digest(source.infos, digests),
             )
-            write_record(transaction.folder, BASE_NAME, BaseRecord(tensors=digests, roles=roles))
+            shapes = {name: info.shape for name, info in source.infos.items()}
+            write_record(transaction.folder, BASE_NAME, BaseRecord(tensors=digests, roles=roles, shapes=shapes))
             write_record(transaction.folder, LEDGER_NAME, ledger)
             transaction.commit()
         except BaseException:
@@ -173,31 +176,31 @@ class Fold:
             StateError: If it is in already, or seems to be tuned from another base; the state is as it was.
             TensorError: If its tensors do not fit the base's.
         """
-        self._check_weight(weight)
-        entry = _entry(expert, weight, name, ignore, rename)
         with locked(self.path, write=True) as ledger:
-            self._refuse_known(ledger, entry)
-            source = open_base(self.path, ledger, self.record, base)
+            _check_weight(ledger, weight)
+            entry = _entry(expert, weight, name, ignore, rename)
+            _refuse_known(self.path, ledger, entry)
+            record = read_base_record(self.path)
             step = prepare(
                 self.path,
                 ledger,
-                self.record,
-                self.kind,
-                source,
+                record,
+                _kind(ledger),
+                open_base(self.path, ledger, record, base),
                 entry,
-                factor=weight,
+                weights=(0.0, weight),
                 t=len(ledger.contributors) + 1,
                 allow_nonfinite=allow_nonfinite,
                 device=device,
             )
-            result = step.run(threads or default_threads(), progress)
+            result = step.run(usable_threads(threads), progress)
             with result.writer:
                 if twin := next((c for c in ledger.contributors if c.digest == result.digest), None):
                     raise StateError(f"{expert} is in {self.path} already, as {twin.name}", "nothing was changed")
-                if result.change_norm > result.base_norm and not allow_distant:
+                if result.distance > 1 and not allow_distant:
                     raise StateError(
-                        f"{expert} is further from the base ({result.change_norm:.4g}) than the base is from zero "
-                        f"({result.base_norm:.4g}), so it was hardly tuned from it",
+                        f"the change of {expert} is {result.distance:.3g} times as large as the base, "
+                        "so it was hardly tuned from it",
                         "check the base, or pass --allow-distant",
                     )
                 entry = entry.model_copy(
@@ -210,12 +213,23 @@ class Fold:
                 self._commit(ledger, result, (*ledger.contributors, entry), entry)
         return entry
 
-    def remove(self, expert: str | Path, **options: Any) -> Contributor:
+    def remove(
+        self,
+        expert: str | Path,
+        *,
+        base: str | Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Contributor:
         """Take an expert out again, as if it had never come; its file is read once more.
 
         Args:
             expert: its name in the ledger, or where it is now if it has moved.
-            options: base, device, threads and progress as for `add`.
+            base: as for `add`, and so the others.
+            device: where the arithmetic runs.
+            threads: tensors at a time.
+            progress: called as (bytes done, bytes in all).
 
         Returns:
             The entry that was removed.
@@ -223,15 +237,27 @@ class Fold:
         Raises:
             StateError: If it is not in, its file has changed, or the method cannot remove; the state is as it was.
         """
-        return self._change_weight(expert, None, **options)
+        return self._change_weight(expert, None, base, device, threads, progress)
 
-    def reweight(self, expert: str | Path, weight: float, **options: Any) -> Contributor:
+    def reweight(
+        self,
+        expert: str | Path,
+        weight: float,
+        *,
+        base: str | Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Contributor:
         """Give an expert another weight, as if it had come with it; its file is read once more.
 
         Args:
             expert: its name in the ledger, or where it is now if it has moved.
             weight: the new factor.
-            options: base, device, threads and progress as for `add`.
+            base: as for `add`, and so the others.
+            device: where the arithmetic runs.
+            threads: tensors at a time.
+            progress: called as (bytes done, bytes in all).
 
         Returns:
             The ledger's new entry.
@@ -239,46 +265,46 @@ class Fold:
         Raises:
             StateError: As for `remove`.
         """
-        self._check_weight(weight)
-        return self._change_weight(expert, weight, **options)
+        return self._change_weight(expert, weight, base, device, threads, progress)
 
     def _change_weight(
         self,
         expert: str | Path,
         weight: float | None,
-        *,
-        base: str | Path | None = None,
-        device: str = "cpu",
-        threads: int | None = None,
-        progress: Progress | None = None,
+        base: str | Path | None,
+        device: str,
+        threads: int | None,
+        progress: Progress | None,
     ) -> Contributor:
         """Set a weight; None removes the expert."""
         with locked(self.path, write=True) as ledger:
-            if not self.kind.removable:
+            if not _kind(ledger).removable:
                 raise StateError(
                     f"{ledger.method} cannot take an expert out of its state: every later step was built on it",
                     "fold the others anew, or use a method of sums: merganser methods",
                 )
             old = _find(ledger, expert, self.path)
             others = tuple(c for c in ledger.contributors if c.name != old.name)
+            if weight is not None:
+                _check_weight(ledger, weight)
             if weight is None and not others:
                 self._commit(ledger, None, (), old)
                 return old
             entry = old if str(expert) == old.name else old.model_copy(update={"ref": absolute_ref(str(expert))})
-            source = open_base(self.path, ledger, self.record, base)
+            record = read_base_record(self.path)
             step = prepare(
                 self.path,
                 ledger,
-                self.record,
-                self.kind,
-                source,
+                record,
+                _kind(ledger),
+                open_base(self.path, ledger, record, base),
                 entry,
-                factor=(weight or 0.0) - old.weight,
+                weights=(old.weight, weight or 0.0),
                 t=len(ledger.contributors),
                 allow_nonfinite=old.nonfinite,
                 device=device,
             )
-            result = step.run(threads or default_threads(), progress)
+            result = step.run(usable_threads(threads), progress)
             with result.writer:
                 if result.digest != old.digest:
                     raise StateError(f"{entry.ref} has changed since it was added as {old.name}", "nothing was changed")
@@ -290,33 +316,45 @@ class Fold:
                 self._commit(ledger, result, after, entry)
                 return entry
 
-    def cost(self, expert: str | Path, *, threads: int | None = None, **options: Any) -> Cost:
+    def cost(
+        self,
+        expert: str | Path,
+        *,
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+        rename: Sequence[str] = (),
+        base: str | Path | None = None,
+        threads: int | None = None,
+    ) -> Cost:
         """What adding an expert takes, from headers alone; nothing is written.
 
         Args:
-            expert: as for `add`.
-            threads: as for `add`.
-            options: name, ignore, rename and base as for `add`.
+            expert: as for `add`, and so the others.
+            name: what the ledger would call it.
+            ignore: patterns of tensor names to leave out.
+            rename: prefixes to replace.
+            base: where the base is, if it has moved.
+            threads: tensors at a time.
 
         Raises:
             StateError: If an expert of that name is in already.
             TensorError: If its tensors do not fit the base's.
         """
         with locked(self.path, write=False) as ledger:
-            source = open_base(self.path, ledger, self.record, options.get("base"))
-            entry = _entry(expert, 1.0, options.get("name"), options.get("ignore", ()), options.get("rename", ()))
-            self._refuse_known(ledger, entry)
-            step = prepare(
-                self.path, ledger, self.record, self.kind, source, entry, factor=1, t=len(ledger.contributors) + 1
-            )
-            return step.cost(threads or default_threads())
+            entry = _entry(expert, 1.0, name, ignore, rename)
+            _refuse_known(self.path, ledger, entry)
+            record = read_base_record(self.path)
+            source = open_base(self.path, ledger, record, base)
+            t = len(ledger.contributors) + 1
+            step = prepare(self.path, ledger, record, _kind(ledger), source, entry, weights=(0.0, 1.0), t=t)
+            return step.cost(usable_threads(threads))
 
     def cost_of_next(self, *, threads: int | None = None, base: str | Path | None = None) -> Cost:
         """What adding an expert of the base's own types takes; nothing but headers is read."""
         source = open_base(self.path, self.ledger, self.record, base)
         found = {name: name for name, role in self.record.roles.items() if role != "fixed"}
-        step = Pass(self.path, self.ledger, self.record, self.kind, source, source, found, 1, 1)
-        return step.cost(threads or default_threads())
+        step = Pass(self.path, self.ledger, self.record, self.kind, source, source, found, 1, 1, 1)
+        return step.cost(usable_threads(threads))
 
     def export(self, out: str | Path, method: str | None = None, **options: Any) -> Path:
         """Write the merged model as an ordinary checkpoint folder; see `merganser.continual.export.export`."""
@@ -331,17 +369,6 @@ class Fold:
         """Add up states over one base into a new one; see `merganser.continual.combine.combine`."""
         combine([Path(s) for s in states], Path(out), threads=threads)
         return cls(out)
-
-    def _refuse_known(self, ledger: Ledger, entry: Contributor) -> None:
-        if any(c.name == entry.name for c in ledger.contributors):
-            raise StateError(f"{entry.name} is in {self.path} already", "remove it first, or give another --name")
-
-    def _check_weight(self, weight: float) -> None:
-        method = self.kind.method
-        positive = isinstance(method, Sums) and method.positive
-        if not abs(weight) <= LARGEST_WEIGHT or (positive and weight <= 0):
-            wanted = f"a {'positive ' if positive else ''}number of at most {LARGEST_WEIGHT:g} in size"
-            raise ParameterError(f"weight is {weight}; {self.ledger.method} needs {wanted}")
 
     def _commit(
         self, ledger: Ledger, result: Result | None, contributors: tuple[Contributor, ...], entry: Contributor
@@ -383,6 +410,24 @@ def _entry(
         ignore=tuple(ignore),
         rename=tuple(rename),
     )
+
+
+def _kind(ledger: Ledger) -> Kind:
+    return kind_of(ledger.method, ledger.settings, ledger.slots)
+
+
+def _refuse_known(state: Path, ledger: Ledger, entry: Contributor) -> None:
+    if any(c.name == entry.name for c in ledger.contributors):
+        raise StateError(f"{entry.name} is in {state} already", "remove it first, or give another --name")
+
+
+def _check_weight(ledger: Ledger, weight: float) -> None:
+    method = _kind(ledger).method
+    positive = isinstance(method, Sums) and method.positive
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not abs(weight) <= LARGEST_WEIGHT or (positive and weight <= 0):
+        wanted = f"a {'positive ' if positive else ''}number of at most {LARGEST_WEIGHT:g} in size"
+        raise ParameterError(f"weight is {weight}; {ledger.method} needs {wanted}")
 
 
 def _find(ledger: Ledger, expert: str | Path, state: Path) -> Contributor:

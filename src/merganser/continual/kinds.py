@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merganser.continual.ledger import BaseRecord
 from merganser.continual.roles import Role, is_matrix, matrix_shape
 from merganser.errors import ParameterError, StateError
 from merganser.methods import (
@@ -26,10 +27,10 @@ from merganser.methods import (
     find_method,
     gram_terms,
     mean,
-    running_mean,
     settings_of,
 )
 from merganser.numerics import pack_symmetric, unpack_symmetric
+from merganser.types import TensorInfo
 
 Slots = dict[str, Tensor]
 
@@ -80,7 +81,7 @@ class Kind:
         if role in ("exact", "fixed"):
             return {}
         if not self.treats_as_matrix(role, shape):
-            return {"d" if isinstance(self.method, Step) else "s": tuple(shape)}
+            return {"d" if isinstance(self.method, Step) and role != "statistic" else "s": tuple(shape)}
         m, n = matrix_shape(role, shape)
         h, p = (n + 1) // 2, min(m, n)
         if isinstance(self.method, Factors):
@@ -94,6 +95,14 @@ class Kind:
             return d
         flat = d.reshape(shape[0], prod(shape[1:]))
         return flat.T.contiguous() if role == "transposed" else flat
+
+    def expected_slots(self, record: BaseRecord, dtype: str) -> dict[str, TensorInfo]:
+        """Header of every slot of a state over a base, by its name on disk."""
+        return {
+            f"{slot}/{name}": TensorInfo(shape, dtype)
+            for name, role in record.roles.items()
+            for slot, shape in self.slot_shapes(role, record.shapes[name]).items()
+        }
 
     def restored(self, role: Role, shape: Sequence[int], change: Tensor) -> Tensor:
         """The inverse of `seen`."""
@@ -115,10 +124,10 @@ class Kind:
             shape: of the whole tensor, of which `d` may be some rows.
             state: slots so far; empty before the first arrival.
             d: the change; (out, in) for a matrix.
-            weight: its factor; negative to subtract it from sums.
+            weight: its factor, or the change of it; negative to subtract it from sums.
             t: number of this arrival.
         """
-        if isinstance(self.method, Sums):
+        if isinstance(self.method, Sums) or role == "statistic":
             return self._add_to_sums(self.treats_as_matrix(role, shape), state, d, weight)
         d = d * weight if weight != 1 else d
         if isinstance(self.method, Factors):
@@ -132,7 +141,7 @@ class Kind:
             )
             return dict(zip(("u", "s", "v"), self.method.fold(u, s, v, d, t=t), strict=True))
         merged = state["d"].to(d.dtype) if state else torch.zeros_like(d)
-        rule = running_mean if role == "statistic" else self.method.function if is_matrix(role) else self.method.vector
+        rule = self.method.function if is_matrix(role) else self.method.vector
         return {"d": call(rule, {"merged": merged, "d": d, "t": t}, self.given)}
 
     def _add_to_sums(self, matrix: bool, state: Slots, d: Tensor, weight: float) -> Slots:
@@ -159,7 +168,7 @@ class Kind:
             total: sum of the weights.
         """
         if role == "statistic":
-            return state["d"] if isinstance(method, Step) else mean(state["s"], total=total)
+            return mean(state["s"], total=total) if total > 0 else torch.zeros_like(state["s"])
         if isinstance(method, Step):
             return state["d"]
         if not self.treats_as_matrix(role, shape):
@@ -222,6 +231,8 @@ def check_settings(name: str, given: Mapping[str, Any]) -> None:
         if setting not in known:
             takes = ", ".join(f"{k}={v}" for k, v in known.items()) or "no settings"
             raise ParameterError(f"{name} has no setting {setting!r}", f"it takes {takes}")
+        if isinstance(value, int) and abs(value) > 1 << 53:
+            raise ParameterError(f"{setting} is {str(value)[:20]}...; that is no sensible number")
         word = isinstance(known[setting], str)
         if isinstance(value, bool) or not isinstance(value, str if word else (int, float)):
             raise ParameterError(f"{setting} is {value!r}; {name} takes a {'word' if word else 'number'} there")

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from merganser.checkpoints import open_source
+from merganser.checkpoints import local_path, open_source
 from merganser.checkpoints.writer import sync, write_json
 from merganser.continual.roles import Role
 from merganser.errors import RefError, StateError
@@ -89,10 +89,18 @@ class BaseRecord(_Strict):
     Attributes:
         tensors: sha256 of every tensor.
         roles: role of every tensor.
+        shapes: shape of every tensor.
     """
 
     tensors: dict[str, str]
     roles: dict[str, Role]
+    shapes: dict[str, tuple[int, ...]]
+
+    @model_validator(mode="after")
+    def _same_names(self) -> BaseRecord:
+        if not list(self.tensors) == list(self.roles) == list(self.shapes):
+            raise ValueError("tensors, roles and shapes name different tensors")
+        return self
 
 
 def read_ledger(state: Path) -> Ledger:
@@ -114,7 +122,7 @@ def read_base_record(state: Path) -> BaseRecord:
 
 
 def _read(state: Path, file: str, kind: type[Record]) -> Record:
-    path = state / file
+    path = local_path(str(state)) / file
     if not path.is_file():
         what = "does not exist" if not state.exists() else f"is not a fold's state: it has no {file}"
         raise StateError(f"{state} {what}", f"merganser fold init BASE {state}")
@@ -135,12 +143,12 @@ def write_record(folder: Path, file: str, record: _Strict) -> None:
 
 def absolute_ref(ref: str) -> str:
     """A local reference made independent of the working directory; hub references as they are."""
-    if "+" in ref and not Path(ref).exists():
+    if "+" in ref and not local_path(ref).exists():
         base, _, adapter = ref.rpartition("+")
         return f"{absolute_ref(base)}+{absolute_ref(adapter)}"
     path, separator, key = ref.partition("::")
-    local = Path(path).expanduser()
-    return f"{local.resolve()}{separator}{key}" if local.exists() else ref
+    local = local_path(path)
+    return f"{os.path.abspath(local)}{separator}{key}" if local.exists() else ref
 
 
 def short_name(ref: str) -> str:
@@ -166,6 +174,6 @@ def open_base(state: Path, ledger: Ledger, record: BaseRecord, elsewhere: str | 
         raise StateError(
             f"the base of {state} is not at {ref}", "if it has moved, name the place with --base"
         ) from error
-    if list(source.infos) != list(record.roles):
+    if {name: info.shape for name, info in source.infos.items()} != record.shapes:
         raise StateError(f"{ref} has other tensors than the base of {state}", "name the right place with --base")
     return source

@@ -30,12 +30,14 @@ def pair(base: Source, expert: Source, roles: Mapping[str, Role], ignore: Sequen
         if not any(matches(name, (pattern,)) for name in names):
             raise ParameterError(f"no tensor of {expert.ref} or its base is called {pattern!r}")
     wanted = [name for name, role in roles.items() if role != "fixed" and not matches(name, ignore)]
-    found = {name: stored for name in wanted if (stored := _stored(expert, name)) is not None}
+    found = {name: stored for name in wanted if (stored := _stored_as(base, expert, name)) is not None}
     if missing := [name for name in wanted if name not in found]:
         raise MissingTensorError(
             f"{missing[0]}{_more(missing)} is in the base and not in {expert.ref}",
             _rename_hint(missing, expert) or f"if it is unchanged, leave it out with --ignore '{missing[0]}'",
         )
+    if not found:
+        raise ParameterError(f"nothing of {expert.ref} is left to merge: --ignore takes all of it")
     _refuse_extra(base, expert, set(found.values()), ignore)
     for name, stored in found.items():
         ours, theirs = base.infos[name], expert.infos[stored]
@@ -56,6 +58,12 @@ def _stored(source: Source, name: str) -> str | None:
     return name if name in source.infos else source.aliases.get(name)
 
 
+def _stored_as(base: Source, expert: Source, name: str) -> str | None:
+    """The expert's tensor for one of the base's, under any of the names that the base ties to it."""
+    tied = (alias for alias, held in base.aliases.items() if held == name)
+    return next((stored for n in (name, *tied) if (stored := _stored(expert, n)) is not None), None)
+
+
 def _refuse_extra(base: Source, expert: Source, used: set[str], ignore: Sequence[str]) -> None:
     known = {*base.infos, *base.aliases}
     extra = [n for n in expert.infos if n not in used and n not in known and not matches(n, ignore)]
@@ -71,7 +79,7 @@ def untied(base: Source, expert: Source) -> list[tuple[str, str]]:
     return [
         (alias, stored)
         for alias, name in base.aliases.items()
-        if alias in expert.infos and (stored := _stored(expert, name)) is not None and stored != alias
+        if alias in expert.infos and (stored := _stored_as(base, expert, name)) is not None and stored != alias
     ]
 
 

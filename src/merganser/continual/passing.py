@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from merganser.checkpoints import open_source
 from merganser.checkpoints.copying import renamed_by
+from merganser.checkpoints.views import widened
 from merganser.checkpoints.writer import CheckpointWriter
 from merganser.continual.kinds import Kind
 from merganser.continual.ledger import BaseRecord, Contributor, Ledger
 from merganser.continual.measure import Reading, changes, equal, model_digest, norm, tensor_digest
 from merganser.continual.pairing import pair, untied
-from merganser.continual.roles import Role
-from merganser.continual.state import next_generation, open_sums, slot_infos
+from merganser.continual.roles import Role, is_matrix
+from merganser.continual.state import CheckedSums, next_generation, open_sums
 from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, peak_bytes, run_jobs
-from merganser.errors import DtypeError, StateError, TensorError
+from merganser.errors import DtypeError, ParameterError, StateError, TensorError
 from merganser.numerics import compute_dtype, sum_of_squares
-from merganser.types import ITEM_BYTES, Source
+from merganser.types import ITEM_BYTES, Source, TensorInfo
 
 NORMED: tuple[Role, ...] = ("matrix", "transposed", "vector")
 
@@ -61,7 +61,7 @@ class Result:
         digest: of the expert.
         tensors: sha256 of each of the expert's tensors.
         change_norm: Frobenius norm of the expert's change, over matrices and vectors.
-        base_norm: the same of the base.
+        distance: norm of the change over norm of the base, over matrices where there are any.
         merged_norm: the same of a sequential method's new state.
     """
 
@@ -69,7 +69,7 @@ class Result:
     digest: str
     tensors: dict[str, str]
     change_norm: float
-    base_norm: float
+    distance: float
     merged_norm: float
 
 
@@ -86,6 +86,7 @@ class Pass:
         expert: the expert, under the base's names.
         found: base name -> the expert's stored tensor.
         factor: of the change: its weight, or the difference of two weights.
+        statistic_factor: the same of the weights' sizes, for running statistics.
         t: number of this arrival.
         allow_nonfinite: count NaN and infinity as no change.
         device: where the arithmetic runs.
@@ -99,6 +100,7 @@ class Pass:
     expert: Source
     found: Mapping[str, str]
     factor: float
+    statistic_factor: float
     t: int
     allow_nonfinite: bool = False
     device: str = "cpu"
@@ -107,7 +109,7 @@ class Pass:
         """What `run` will take."""
         written = sum(info.nbytes for info in self._slot_infos().values())
         read = sum(self.base.infos[n].nbytes + self.expert.infos[stored].nbytes for n, stored in self.found.items())
-        jobs = self._jobs(open_sums(self.state, self.ledger), None)
+        jobs = self._jobs(open_sums(self.state, self.ledger, self._slot_infos()), None)
         return Cost(peak_bytes(jobs, threads), read + (written if self.ledger.sums else 0), written)
 
     def run(self, threads: int, progress: Progress | None) -> Result:
@@ -122,7 +124,7 @@ class Pass:
                 raise TensorError(f"{alias} and {stored} are one tensor in the base, and differ in {self.expert.ref}")
         writer = next_generation(self.state, self.ledger, self._slot_infos())
         try:
-            jobs = self._jobs(open_sums(self.state, self.ledger), writer)
+            jobs = self._jobs(open_sums(self.state, self.ledger, self._slot_infos()), writer)
             outcomes = run_jobs(jobs, threads=threads, progress=progress)
         except BaseException:
             writer.abort()
@@ -130,19 +132,24 @@ class Pass:
         tensors = {name: outcomes[name].reading.expert_hash.hexdigest() for name in self.found}
         digest = self.expert.identity or model_digest({n: self.expert.infos[s] for n, s in self.found.items()}, tensors)
         normed = [outcomes[name] for name, role in self.record.roles.items() if role in NORMED]
+        # Norm weights near 1 would hide that two networks have nothing in common: only matrices tell.
+        telling = [outcomes[name] for name, role in self.record.roles.items() if is_matrix(role)] or normed
         return Result(
             writer,
             digest,
             tensors,
             change_norm=norm([x for o in normed for x in o.reading.change_squares]),
-            base_norm=norm([x for o in normed for x in o.reading.base_squares]),
+            distance=_ratio(
+                norm([x for o in telling for x in o.reading.change_squares]),
+                norm([x for o in telling for x in o.reading.base_squares]),
+            ),
             merged_norm=norm([x for o in normed for x in o.merged_squares]),
         )
 
-    def _slot_infos(self) -> dict[str, Any]:
-        return slot_infos(self.kind, self.record, self.base.infos, self.ledger.sums_dtype)
+    def _slot_infos(self) -> dict[str, TensorInfo]:
+        return self.kind.expected_slots(self.record, self.ledger.sums_dtype)
 
-    def _jobs(self, sums: Source | None, writer: CheckpointWriter | None) -> list[Job[Outcome]]:
+    def _jobs(self, sums: CheckedSums | None, writer: CheckpointWriter | None) -> list[Job[Outcome]]:
         item = ITEM_BYTES[self.ledger.sums_dtype]
         jobs = []
         for name, role in self.record.roles.items():
@@ -159,7 +166,7 @@ class Pass:
             jobs.append(Job(name, run, needs, 2 * info.nbytes + 2 * slot_bytes))
         return jobs
 
-    def _fold_tensor(self, name: str, role: Role, sums: Source | None, writer: CheckpointWriter | None) -> Outcome:
+    def _fold_tensor(self, name: str, role: Role, sums: CheckedSums | None, writer: CheckpointWriter | None) -> Outcome:
         assert writer is not None
         reading = Reading()
         if role in ("exact", "fixed"):
@@ -172,7 +179,11 @@ class Pass:
             rows = None if whole or not shape else (start, start + d.shape[0])
             old = {s: sums.read(f"{s}/{name}", rows).to(self.device) for s in slots} if sums is not None else {}
             d = self.kind.seen(role, shape, d)
-            new = self.kind.update(role, shape, old, d, weight=self.factor, t=self.t)
+            factor = self.statistic_factor if role == "statistic" else self.factor
+            try:
+                new = self.kind.update(role, shape, old, d, weight=factor, t=self.t)
+            except ParameterError as error:
+                raise ParameterError(f"{name}: {error.message}", error.hint) from error
             del old, d
             if "d" in new:
                 squares.append(sum_of_squares(new["d"]))
@@ -214,13 +225,17 @@ class Pass:
             )
 
 
+def _ratio(change: float, base: float) -> float:
+    return change / base if base > 0 else 0.0
+
+
 def open_expert(entry: Contributor, base: Source) -> Source:
     """Open an expert as the ledger describes it; an adapter is applied to the base.
 
     Raises:
         ParameterError: If a renaming is not OLD=NEW, or fits no name.
     """
-    return renamed_by(open_source(entry.ref, base=base), entry.rename)
+    return renamed_by(open_source(entry.ref, base=widened(base)), entry.rename)
 
 
 def prepare(
@@ -231,12 +246,12 @@ def prepare(
     base: Source,
     entry: Contributor,
     *,
-    factor: float,
+    weights: tuple[float, float],
     t: int,
     allow_nonfinite: bool = False,
     device: str = "cpu",
 ) -> Pass:
-    """Open the expert of an entry and match its tensors with the base's.
+    """Open the expert of an entry and match its tensors with the base's; its weight goes from weights[0] to [1].
 
     Raises:
         MerganserError: If it cannot be opened, or does not fit.
@@ -244,4 +259,6 @@ def prepare(
     expert = open_expert(entry, base)
     found = pair(base, expert, record.roles, entry.ignore)
     where = checked_device(device)
-    return Pass(state, ledger, record, kind, base, expert, found, factor, t, allow_nonfinite, where)
+    before, after = weights
+    sizes = abs(after) - abs(before)
+    return Pass(state, ledger, record, kind, base, expert, found, after - before, sizes, t, allow_nonfinite, where)

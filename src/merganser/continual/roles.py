@@ -5,7 +5,7 @@
 | matrix | 2-D linear weights; convolutions, seen as (out, in * kernel) | the method's rule for 2-D weights |
 | transposed | the same, stored as (in, out), as in GPT-2 | as above, transposed on the way in and out |
 | vector | biases, norms, embeddings, heads of a vocabulary, anything else that floats | the method's rule for vectors |
-| statistic | running means and variances of normalisation layers | weighted mean; outside all norms |
+| statistic | running means and variances of normalisation layers | mean weighted by abs(weight); outside all norms |
 | exact | integers and booleans | must be equal in every model |
 | fixed | counters of batches, and what `freeze` names | the base's, untouched |
 """
@@ -24,15 +24,16 @@ from merganser.types import EXACT_DTYPES, FLOAT_DTYPES, Source, TensorInfo
 
 Role = Literal["matrix", "transposed", "vector", "statistic", "exact", "fixed"]
 
-#: Lookup tables: rows are addressed, not multiplied, or they are as long as a vocabulary.
+#: Modules whose weight is a lookup table: rows are addressed, not multiplied. Judged by the module's own name.
 _TABLE = re.compile(
-    r"embed|embd|wte|wpe|lm_head|vocab|word_|position|token|relative_attention|bias_table|shared\.weight$|pos_|A_log",
+    r"(^|_)embed(ding)?s?$|embed_(tokens|positions|in|out)$|embd$|^(wte|wpe|shared|lm_head)$|relative_attention_bias",
     re.IGNORECASE,
 )
-_PATCHES = re.compile(r"patch|proj", re.IGNORECASE)
+#: Parameters that are linear weights although nothing in their name says weight; they multiply as x @ p.
+_BARE_PROJECTION = re.compile(r"(^|_)proj(ection)?$", re.IGNORECASE)
 _STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
 _COUNTER = re.compile(r"(^|\.)num_batches_tracked$")
-#: Architectures whose linear layers store (in, out), and the layers that do.
+#: Architectures whose linear layers store (in, out), for the layers of which headers alone do not tell.
 _TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
@@ -55,7 +56,7 @@ def assign_roles(
     for pattern in (*freeze, *matrix, *vector):
         if not any(fnmatchcase(name, pattern) for name in base.infos):
             raise ParameterError(f"no tensor of {base.ref} is called {pattern!r}", "patterns are shell-like: *.bias")
-    transposed = _model_type(base) in _TRANSPOSED_MODELS
+    transposed = _stored_transposed(base)
     roles: dict[str, Role] = {}
     for name, info in base.infos.items():
         if matches(name, freeze):
@@ -69,9 +70,9 @@ def assign_roles(
         elif matches(name, matrix) and info.dtype in FLOAT_DTYPES:
             if len(info.shape) < 2:
                 raise ParameterError(f"{name} has shape {info.shape}; a matrix needs at least 2 axes")
-            roles[name] = "matrix"
+            roles[name] = "transposed" if name in transposed else "matrix"
         else:
-            roles[name] = _default(name, info, transposed)
+            roles[name] = _default(name, info, name in transposed)
     return roles
 
 
@@ -82,15 +83,40 @@ def _default(name: str, info: TensorInfo, transposed: bool) -> Role:
         return "exact"
     if _STATISTIC.search(name):
         return "statistic"
-    if transposed and len(info.shape) == 2 and _TRANSPOSED.search(name):
-        return "transposed"
+    module, _, leaf = name.rpartition(".")
     axes = len(info.shape)
-    table = _TABLE.search(".".join(name.split(".")[-2:])) is not None
+    if axes == 2 and "weight" not in leaf and _BARE_PROJECTION.search(leaf):
+        return "transposed"
+    if axes not in (2, 3, 4, 5) or "weight" not in leaf or (_TABLE.search(module.rpartition(".")[2]) and axes == 2):
+        return "vector"
     if axes == 2:
-        return "vector" if table or _is_vocabulary(info.shape) else "matrix"
-    if axes in (3, 4, 5) and info.shape[0] > 1 and "expert" not in name:
-        return "vector" if table and not _PATCHES.search(name) else "matrix"
-    return "vector"
+        return "vector" if _is_vocabulary(info.shape) else "transposed" if transposed else "matrix"
+    # A kernel over one channel has inputs of its own, unlike every other: there is no shared input space to merge in.
+    return "vector" if info.shape[1] == 1 or "expert" in name else "matrix"
+
+
+def _stored_transposed(base: Source) -> set[str]:
+    """Names of 2-D weights that are stored (in, out).
+
+    A bias as long as the second axis and not the first gives a weight away; square ones and those without a bias follow
+    the layers of the same name elsewhere in the model, and the model's type where those do not tell either.
+    """
+    known: dict[str, bool] = {}
+    unknown: list[str] = []
+    for name, info in base.infos.items():
+        if len(info.shape) != 2 or not name.endswith(".weight"):
+            continue
+        bias = base.infos.get(f"{name[: -len('weight')]}bias")
+        rows, columns = info.shape
+        if bias is None or rows == columns or bias.shape not in ((rows,), (columns,)):
+            unknown.append(name)
+        else:
+            known[name] = bias.shape == (columns,)
+    by_type = _model_type(base) in _TRANSPOSED_MODELS
+    for name in unknown:
+        alike = [found for other, found in known.items() if other.split(".")[-2] == name.split(".")[-2]]
+        known[name] = all(alike) if alike else by_type and _TRANSPOSED.search(name) is not None
+    return {name for name, found in known.items() if found}
 
 
 def _is_vocabulary(shape: tuple[int, ...]) -> bool:

@@ -11,18 +11,22 @@ name is rubbish of an interrupted run, which the next writer removes.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from merganser.checkpoints.folder import open_folder
-from merganser.checkpoints.writer import CheckpointWriter
-from merganser.continual.kinds import Kind
-from merganser.continual.ledger import LEDGER_NAME, BaseRecord, Ledger, read_ledger, write_record
-from merganser.errors import StateError
-from merganser.types import Source, TensorInfo
+from merganser.checkpoints.writer import RECEIPT_NAME, CheckpointWriter
+from merganser.continual.ledger import LEDGER_NAME, Ledger, read_ledger, write_record
+from merganser.errors import CheckpointError, OutputError, StateError
+from merganser.numerics import raw_bytes
+from merganser.types import TensorInfo
 
 
 @contextmanager
@@ -49,15 +53,62 @@ def locked(state: Path, *, write: bool) -> Iterator[Ledger]:
 
 def _remove_rubbish(state: Path, ledger: Ledger) -> None:
     """Roll back what an interrupted run left: generations that the ledger does not name."""
-    for path in (*state.glob("sums-*"), *state.glob(".sums-*")):
-        if path.name != ledger.sums:
-            shutil.rmtree(path)
-    for path in state.glob(".*.json.new"):
-        path.unlink()
+    try:
+        for path in (*state.glob("sums-*"), *state.glob(".sums-*")):
+            if path.name != ledger.sums and path.is_dir():
+                shutil.rmtree(path)
+        for path in state.glob(".*.json.new"):
+            path.unlink()
+    except OSError as error:
+        raise OutputError(f"{state} cannot be written: {error.strerror}") from error
 
 
-def open_sums(state: Path, ledger: Ledger) -> Source | None:
+class CheckedSums:
+    """The current sums, whose bytes are compared with their receipt as they are read, each tensor once from its start.
+
+    Args:
+        folder: of the generation.
+        expected: header of every slot that it must hold.
+
+    Raises:
+        CheckpointError: If a slot is missing, has another shape or type, or the receipt is damaged.
+    """
+
+    def __init__(self, folder: Path, expected: Mapping[str, TensorInfo]) -> None:
+        self.source = open_folder(folder, str(folder))
+        self.infos = self.source.infos
+        for name in sorted({*expected, *self.infos}):
+            if self.infos.get(name) != expected.get(name):
+                raise CheckpointError(f"{folder}: {name} is {self.infos.get(name)}, and should be {expected.get(name)}")
+        try:
+            self.digests: dict[str, str] = json.loads((folder / RECEIPT_NAME).read_text("utf-8"))["outputs"]
+            if set(self.digests) != set(expected):
+                raise ValueError("it lists other tensors")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / RECEIPT_NAME} is damaged: {error}") from error
+        self._hashes = {name: hashlib.sha256() for name in expected}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """Read a slot, or the next rows of it.
+
+        Raises:
+            CheckpointError: If the bytes are not those that were written.
+        """
+        x = self.source.read(name, rows)
+        self._hashes[name].update(raw_bytes(x))
+        ended = rows is None or rows[1] == self.infos[name].rows
+        if ended and self._hashes[name].hexdigest() != self.digests[name]:
+            raise CheckpointError(f"{name} of {self.source.ref} is damaged", "put the state back from a copy")
+        return x
+
+
+def open_sums(state: Path, ledger: Ledger, expected: Mapping[str, TensorInfo]) -> CheckedSums | None:
     """The current sums, or None before the first expert.
+
+    Args:
+        state: folder of the state.
+        ledger: of the state.
+        expected: header of every slot.
 
     Raises:
         StateError: If they are missing.
@@ -68,16 +119,7 @@ def open_sums(state: Path, ledger: Ledger) -> Source | None:
     folder = state / ledger.sums
     if not folder.is_dir():
         raise StateError(f"{folder} is missing, and {LEDGER_NAME} names it")
-    return open_folder(folder, str(folder))
-
-
-def slot_infos(kind: Kind, record: BaseRecord, base: Mapping[str, TensorInfo], dtype: str) -> dict[str, TensorInfo]:
-    """Header of every slot of a state, by its name on disk."""
-    return {
-        f"{slot}/{name}": TensorInfo(shape, dtype)
-        for name, role in record.roles.items()
-        for slot, shape in kind.slot_shapes(role, base[name].shape).items()
-    }
+    return CheckedSums(folder, expected)
 
 
 def next_generation(state: Path, ledger: Ledger, infos: Mapping[str, TensorInfo]) -> CheckpointWriter:
@@ -87,7 +129,10 @@ def next_generation(state: Path, ledger: Ledger, infos: Mapping[str, TensorInfo]
 
 def advance(state: Path, before: Ledger, after: Ledger) -> None:
     """Make `after` the state's ledger, in one step, and remove the generation that it replaces."""
-    write_record(state, LEDGER_NAME, after)
+    try:
+        write_record(state, LEDGER_NAME, after)
+    except OSError as error:
+        raise OutputError(f"{state} cannot be written: {error.strerror}") from error
     if before.sums is not None and before.sums != after.sums:
         shutil.rmtree(state / before.sums)
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from merganser.checkpoints.writer import RECEIPT_NAME
-from merganser.continual.ledger import Contributor, Ledger, open_base, read_base_record
+from merganser.continual.kinds import kind_of
+from merganser.continual.ledger import BaseRecord, Contributor, Ledger, open_base, read_base_record
 from merganser.continual.measure import model_digest, tensor_digest
 from merganser.continual.pairing import pair
 from merganser.continual.passing import open_expert
 from merganser.continual.roles import Role
 from merganser.continual.state import locked, open_sums
-from merganser.continual.stream import Job, default_threads, run_jobs
+from merganser.continual.stream import Job, run_jobs, usable_threads
 from merganser.errors import MerganserError, RefError, StateError
 from merganser.types import Source
 
@@ -52,7 +51,7 @@ def verify(state: Path, *, base: str | Path | None = None, threads: int | None =
     Raises:
         StateError: If the ledger itself is damaged.
     """
-    threads = threads or default_threads()
+    threads = usable_threads(threads)
     with locked(state, write=False) as ledger:
         record = read_base_record(state)
         findings = []
@@ -60,26 +59,24 @@ def verify(state: Path, *, base: str | Path | None = None, threads: int | None =
         try:
             source = open_base(state, ledger, record, base)
             findings.append(_compare("base", source, record.tensors, threads))
-        except MerganserError as error:
+        except StateError as error:
             findings.append(Finding("base", "missing", error.message, needed=True))
-        findings += _sums(state, ledger, threads)
-        if source is not None:
-            findings += [_expert(entry, source, record.roles, threads) for entry in ledger.contributors]
+        except MerganserError as error:
+            findings.append(Finding("base", "changed", error.message, needed=True))
+        findings += _sums(state, ledger, record, threads)
+        for entry in ledger.contributors:
+            found = Finding(entry.name, "missing", "cannot be checked without the base", needed=False)
+            findings.append(found if source is None else _expert(entry, source, record.roles, threads))
     return findings
 
 
-def _sums(state: Path, ledger: Ledger, threads: int) -> list[Finding]:
-    if ledger.sums is None:
-        return []
+def _sums(state: Path, ledger: Ledger, record: BaseRecord, threads: int) -> list[Finding]:
     try:
-        sums = open_sums(state, ledger)
-        receipt = json.loads((state / ledger.sums / RECEIPT_NAME).read_text("utf-8"))
-        expected = receipt["outputs"]
-        if sums is None or set(expected) != set(sums.infos):
-            raise StateError(f"{state / ledger.sums} holds other tensors than its receipt lists")
-        return [_compare("sums", sums, expected, threads)]
-    except (MerganserError, OSError, ValueError, KeyError, TypeError) as error:
-        return [Finding("sums", "changed", str(error).split("\n", 1)[0], needed=True)]
+        kind = kind_of(ledger.method, ledger.settings, ledger.slots)
+        sums = open_sums(state, ledger, kind.expected_slots(record, ledger.sums_dtype))
+    except MerganserError as error:
+        return [Finding("sums", "changed", error.message, needed=True)]
+    return [] if sums is None else [_compare("sums", sums.source, sums.digests, threads)]
 
 
 def _compare(part: str, source: Source, expected: Mapping[str, str], threads: int) -> Finding:
@@ -104,10 +101,8 @@ def _expert(entry: Contributor, base: Source, roles: Mapping[str, Role], threads
         return Finding(entry.name, "missing", error.message, needed=False)
     except MerganserError as error:
         return Finding(entry.name, "changed", error.message, needed=False)
-    stored = sorted(set(found.values()))
-    digests = _digests(expert, stored, threads)
-    digest = expert.identity or model_digest(
-        {n: expert.infos[s] for n, s in found.items()}, {n: digests[s] for n, s in found.items()}
-    )
-    status: Literal["ok", "changed"] = "ok" if digest == entry.digest else "changed"
-    return Finding(entry.name, status, entry.ref, needed=False)
+    digest = expert.identity
+    if digest is None:
+        digests = _digests(expert, sorted(set(found.values())), threads)
+        digest = model_digest({n: expert.infos[s] for n, s in found.items()}, {n: digests[s] for n, s in found.items()})
+    return Finding(entry.name, "ok" if digest == entry.digest else "changed", entry.ref, needed=False)

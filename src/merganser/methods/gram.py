@@ -54,19 +54,19 @@ def gram(g: Float[Tensor, "n n"], b: Float[Tensor, "m n"], *, eps: float = 0.01)
     Args:
         g: sum of weighted right Grams, symmetric and positive semidefinite.
         b: sum of the matching right-hand sides.
-        eps: ridge as a share of G's mean eigenvalue, in (0, 1]; 1e-3 to 1e-1 work alike.
+        eps: ridge as a share of G's mean eigenvalue, in [1e-9, 1]; 1e-3 to 1e-1 work alike.
 
     Returns:
         The merged change, (out, in), in b's dtype; zeros where every change was zero.
 
     Raises:
-        ParameterError: If eps is outside (0, 1], or G is not positive semidefinite (a negative weight).
+        ParameterError: If eps is outside [1e-9, 1], or G is not positive semidefinite (a negative weight).
 
     >>> gram(torch.eye(2), torch.tensor([[1.01, 2.02]]), eps=0.01)
     tensor([[1., 2.]])
     """
-    if not 0 < eps <= 1:
-        raise ParameterError(f"eps is {eps}; it is a share of the mean eigenvalue, in (0, 1]")
+    if not 1e-9 <= eps <= 1:
+        raise ParameterError(f"eps is {eps}; it is a share of the mean eigenvalue, in [1e-9, 1]")
     n = g.shape[0]
     g64 = g.double()
     trace = float(g64.trace()) if n else 0.0

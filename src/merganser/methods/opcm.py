@@ -69,7 +69,9 @@ def opcm(
         k, rank = _leading(s, alpha, tolerance)
         strong = int((s > 0.01 * s[0]).sum())  # float32 is enough for their v_i, and twice as fast
         left = (U / s).T
-        Vh = torch.cat([left[:strong].to(d.dtype) @ merged, (left[strong:rank] @ wide).to(d.dtype)])
+        Vh = left[:strong].to(d.dtype) @ merged
+        if strong < rank:
+            Vh = torch.cat([Vh, (left[strong:rank] @ wide).to(d.dtype)])
         U = U.to(d.dtype)
     seen = d @ Vh[:rank].T
     kept = U[:, :k] @ (U[:, :k].T @ seen[:, :k])

@@ -98,7 +98,10 @@ def init(
 @app.command()
 def add(
     state: State,
-    expert: Expert,
+    experts: Annotated[
+        list[str],
+        typer.Argument(metavar="EXPERT...", help="Models tuned from the base, in order: folder, file, hub id, LoRA."),
+    ],
     weight: Annotated[float, typer.Option("--weight", "-w", help="Factor of the expert's change.")] = 1.0,
     name: Annotated[
         str | None, typer.Option(help="What the ledger calls it; default: the last part of EXPERT.")
@@ -119,32 +122,36 @@ def add(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """Take in one expert: one pass over it, in the memory of a few tensors."""
+    """Take in an expert, or several in order: one pass over each, in the memory of a few tensors."""
     from merganser.continual import Fold
+    from merganser.errors import ParameterError
 
+    if name is not None and len(experts) > 1:
+        raise ParameterError(f"--name {name} is for one expert, and {len(experts)} are given", "add them one by one")
     fold = Fold(state)
-    if dry_run or not quiet:
-        cost = fold.cost(expert, threads=threads, name=name, ignore=ignore or (), rename=rename or (), base=base)
+    for expert in experts:
+        if dry_run or not quiet:
+            cost = fold.cost(expert, threads=threads, name=name, ignore=ignore or (), rename=rename or (), base=base)
+            if not quiet:
+                _print_cost(cost)
+        if dry_run:
+            continue
+        with progress_bar(f"adding {expert}", quiet=quiet) as progress:
+            entry = fold.add(
+                expert,
+                weight=weight,
+                name=name,
+                ignore=ignore or (),
+                rename=rename or (),
+                allow_nonfinite=allow_nonfinite,
+                allow_distant=allow_distant,
+                base=base,
+                device=device,
+                threads=threads,
+                progress=progress,
+            )
         if not quiet:
-            _print_cost(cost)
-    if dry_run:
-        return
-    with progress_bar(f"adding {expert}", quiet=quiet) as progress:
-        entry = fold.add(
-            expert,
-            weight=weight,
-            name=name,
-            ignore=ignore or (),
-            rename=rename or (),
-            allow_nonfinite=allow_nonfinite,
-            allow_distant=allow_distant,
-            base=base,
-            device=device,
-            threads=threads,
-            progress=progress,
-        )
-    if not quiet:
-        console().print(f"{state}: {entry.name} is in, as number {len(fold.ledger.contributors)}")
+            console().print(f"{state}: {entry.name} is in, as number {len(fold.ledger.contributors)}")
 
 
 @app.command()

@@ -43,9 +43,7 @@ def compare_removal(shell: Shell, exam: Exam) -> Removal:
             ("fold", "init", "base", "states/never", "--method", "gram"),
         ]
     )
-    for task in TASKS:
-        if task != REMOVED:
-            shell.run("fold", "add", "states/never", f"experts/{task}")
+    shell.run("fold", "add", "states/never", *(f"experts/{task}" for task in TASKS if task != REMOVED))
     names = ("removed", "never")
     shell.run_all([("fold", "export", f"states/{n}", f"merged/{n}", *WAYS["gram"].export) for n in names])
     shell.run("fold", "verify", "states/removed")

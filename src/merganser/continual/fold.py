@@ -10,6 +10,14 @@ from typing import Any, Literal
 from merganser.checkpoints import open_source
 from merganser.checkpoints.writer import FolderTransaction
 from merganser.continual.combine import combine
+from merganser.continual.entries import (
+    check_weight,
+    default_sums,
+    find_entry,
+    ledger_kind,
+    new_entry,
+    refuse_known,
+)
 from merganser.continual.export import export
 from merganser.continual.kinds import Kind, kind_of
 from merganser.continual.ledger import (
@@ -22,7 +30,6 @@ from merganser.continual.ledger import (
     open_base,
     read_base_record,
     read_ledger,
-    short_name,
     write_record,
 )
 from merganser.continual.measure import base_digest, model_digest
@@ -32,12 +39,7 @@ from merganser.continual.state import advance, bytes_on_disk, locked
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.continual.verify import Finding, verify
 from merganser.errors import ParameterError, StateError
-from merganser.methods import Sums
-from merganser.types import Source
 from merganser.version import __version__
-
-#: Larger factors would drown every other expert, and in time overflow.
-LARGEST_WEIGHT = 1e6
 
 
 class Fold:
@@ -63,7 +65,7 @@ class Fold:
     @property
     def kind(self) -> Kind:
         """The continual side of this fold's method."""
-        return _kind(self.ledger)
+        return ledger_kind(self.ledger)
 
     @property
     def state_bytes(self) -> int:
@@ -126,7 +128,7 @@ class Fold:
                 settings=settings,
                 slots=kind.slots,
                 float64=float64,
-                sums_dtype=sums_dtype or _default_sums(kind, source, float64),
+                sums_dtype=sums_dtype or default_sums(kind, source, float64),
                 base_ref=ref,
                 base_digest=model_digest(source.infos, digests),
             )
@@ -177,15 +179,15 @@ class Fold:
             TensorError: If its tensors do not fit the base's.
         """
         with locked(self.path, write=True) as ledger:
-            _check_weight(ledger, weight)
-            entry = _entry(expert, weight, name, ignore, rename)
-            _refuse_known(self.path, ledger, entry)
+            check_weight(ledger, weight)
+            entry = new_entry(expert, weight, name, ignore, rename)
+            refuse_known(self.path, ledger, entry)
             record = read_base_record(self.path)
             step = prepare(
                 self.path,
                 ledger,
                 record,
-                _kind(ledger),
+                ledger_kind(ledger),
                 open_base(self.path, ledger, record, base),
                 entry,
                 weights=(0.0, weight),
@@ -278,15 +280,15 @@ class Fold:
     ) -> Contributor:
         """Set a weight; None removes the expert."""
         with locked(self.path, write=True) as ledger:
-            if not _kind(ledger).removable:
+            if not ledger_kind(ledger).removable:
                 raise StateError(
                     f"{ledger.method} cannot take an expert out of its state: every later step was built on it",
                     "fold the others anew, or use a method of sums: merganser methods",
                 )
-            old = _find(ledger, expert, self.path)
+            old = find_entry(ledger, expert, self.path)
             others = tuple(c for c in ledger.contributors if c.name != old.name)
             if weight is not None:
-                _check_weight(ledger, weight)
+                check_weight(ledger, weight)
             if weight is None and not others:
                 self._commit(ledger, None, (), old)
                 return old
@@ -296,7 +298,7 @@ class Fold:
                 self.path,
                 ledger,
                 record,
-                _kind(ledger),
+                ledger_kind(ledger),
                 open_base(self.path, ledger, record, base),
                 entry,
                 weights=(old.weight, weight or 0.0),
@@ -341,12 +343,12 @@ class Fold:
             TensorError: If its tensors do not fit the base's.
         """
         with locked(self.path, write=False) as ledger:
-            entry = _entry(expert, 1.0, name, ignore, rename)
-            _refuse_known(self.path, ledger, entry)
+            entry = new_entry(expert, 1.0, name, ignore, rename)
+            refuse_known(self.path, ledger, entry)
             record = read_base_record(self.path)
             source = open_base(self.path, ledger, record, base)
             t = len(ledger.contributors) + 1
-            step = prepare(self.path, ledger, record, _kind(ledger), source, entry, weights=(0.0, 1.0), t=t)
+            step = prepare(self.path, ledger, record, ledger_kind(ledger), source, entry, weights=(0.0, 1.0), t=t)
             return step.cost(usable_threads(threads))
 
     def cost_of_next(self, *, threads: int | None = None, base: str | Path | None = None) -> Cost:
@@ -390,55 +392,3 @@ class Fold:
         after = Ledger.model_validate(dict(ledger) | changed | {"contributors": contributors})
         advance(self.path, ledger, after)
         self.ledger = after
-
-
-def _default_sums(kind: Kind, base: Source, float64: bool) -> Literal["F32", "F64"]:
-    exact = float64 or isinstance(kind.method, Sums) or any(info.dtype == "F64" for info in base.infos.values())
-    return "F64" if exact else "F32"
-
-
-def _entry(
-    expert: str | Path, weight: float, name: str | None, ignore: Sequence[str], rename: Sequence[str]
-) -> Contributor:
-    ref = absolute_ref(str(expert))
-    return Contributor(
-        name=name or short_name(ref),
-        ref=ref,
-        digest="",
-        weight=weight,
-        norm=0.0,
-        ignore=tuple(ignore),
-        rename=tuple(rename),
-    )
-
-
-def _kind(ledger: Ledger) -> Kind:
-    return kind_of(ledger.method, ledger.settings, ledger.slots)
-
-
-def _refuse_known(state: Path, ledger: Ledger, entry: Contributor) -> None:
-    if any(c.name == entry.name for c in ledger.contributors):
-        raise StateError(f"{entry.name} is in {state} already", "remove it first, or give another --name")
-
-
-def _check_weight(ledger: Ledger, weight: float) -> None:
-    method = _kind(ledger).method
-    positive = isinstance(method, Sums) and method.positive
-    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not number or not abs(weight) <= LARGEST_WEIGHT or (positive and weight <= 0):
-        wanted = f"a {'positive ' if positive else ''}number of at most {LARGEST_WEIGHT:g} in size"
-        raise ParameterError(f"weight is {weight}; {ledger.method} needs {wanted}")
-
-
-def _find(ledger: Ledger, expert: str | Path, state: Path) -> Contributor:
-    """The entry of an expert given by name, by its old reference or by a new place of the same last part.
-
-    Raises:
-        StateError: If it is not in the ledger.
-    """
-    ref = absolute_ref(str(expert))
-    for fits in (lambda c: c.name == str(expert), lambda c: c.ref == ref, lambda c: c.name == short_name(ref)):
-        if found := next(filter(fits, ledger.contributors), None):
-            return found
-    names = ", ".join(c.name for c in ledger.contributors) or "no expert"
-    raise StateError(f"{expert} was never added to {state}", f"in it: {names}")

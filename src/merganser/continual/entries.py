@@ -1,0 +1,81 @@
+"""Who is in a fold and who may come in: entries of the ledger, by name, reference and weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from merganser.continual.kinds import Kind, kind_of
+from merganser.continual.ledger import Contributor, Ledger, absolute_ref, short_name
+from merganser.errors import ParameterError, StateError
+from merganser.methods import Sums
+from merganser.types import Source
+
+#: Larger factors would drown every other expert, and in time overflow.
+LARGEST_WEIGHT = 1e6
+
+
+def default_sums(kind: Kind, base: Source, float64: bool) -> Literal["F32", "F64"]:
+    """F64 for sums over experts, which must come out as they went in, and where float64 is in play; F32 otherwise."""
+    exact = float64 or isinstance(kind.method, Sums) or any(info.dtype == "F64" for info in base.infos.values())
+    return "F64" if exact else "F32"
+
+
+def new_entry(
+    expert: str | Path, weight: float, name: str | None, ignore: Sequence[str], rename: Sequence[str]
+) -> Contributor:
+    """An entry of an expert that has not been read yet."""
+    ref = absolute_ref(str(expert))
+    return Contributor(
+        name=name or short_name(ref),
+        ref=ref,
+        digest="",
+        weight=weight,
+        norm=0.0,
+        ignore=tuple(ignore),
+        rename=tuple(rename),
+    )
+
+
+def ledger_kind(ledger: Ledger) -> Kind:
+    """The continual side of a ledger's method."""
+    return kind_of(ledger.method, ledger.settings, ledger.slots)
+
+
+def refuse_known(state: Path, ledger: Ledger, entry: Contributor) -> None:
+    """Refuse an expert whose name is taken.
+
+    Raises:
+        StateError: If it is.
+    """
+    if any(c.name == entry.name for c in ledger.contributors):
+        raise StateError(f"{entry.name} is in {state} already", "remove it first, or give another --name")
+
+
+def check_weight(ledger: Ledger, weight: float) -> None:
+    """Refuse a weight that a ledger's method cannot take.
+
+    Raises:
+        ParameterError: Says what it takes.
+    """
+    method = ledger_kind(ledger).method
+    positive = isinstance(method, Sums) and method.positive
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not abs(weight) <= LARGEST_WEIGHT or (positive and weight <= 0):
+        wanted = f"a {'positive ' if positive else ''}number of at most {LARGEST_WEIGHT:g} in size"
+        raise ParameterError(f"weight is {weight}; {ledger.method} needs {wanted}")
+
+
+def find_entry(ledger: Ledger, expert: str | Path, state: Path) -> Contributor:
+    """The entry of an expert given by name, by its old reference or by a new place of the same last part.
+
+    Raises:
+        StateError: If it is not in the ledger.
+    """
+    ref = absolute_ref(str(expert))
+    for fits in (lambda c: c.name == str(expert), lambda c: c.ref == ref, lambda c: c.name == short_name(ref)):
+        if found := next(filter(fits, ledger.contributors), None):
+            return found
+    names = ", ".join(c.name for c in ledger.contributors) or "no expert"
+    raise StateError(f"{expert} was never added to {state}", f"in it: {names}")

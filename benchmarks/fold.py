@@ -208,7 +208,8 @@ def agreement(found: dict[str, Any]) -> list[str]:
     ]
     lines.append(row("---", *["---:"] * 4))
     for i, label in enumerate(("ours, float32", "the peer, float32", "ours, `--float64`")):
-        differences = [f"{found[key][i]:.1e}" for key in ("all", "median", "worst")]
+        numbers = [found[key][i] for key in ("all", "median", "worst")]
+        differences = [f"{x:.1e}" if x > 1e-7 else "< 1e-7" for x in numbers]  # as far as the comparison sees
         lines.append(row(label, *differences, f"{found['factor'][i]:+.0e}"))
     return [
         *lines,

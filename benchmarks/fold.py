@@ -109,8 +109,8 @@ class Bench:
         for folder in (self.state, self.ours):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def one_process(self, method: str, experts: Sequence[str], *options: str) -> Run:
-        """Ours through the Python API."""
+    def one_pass(self, method: str, experts: Sequence[str], *options: str) -> Run:
+        """Ours through the Python API, one process: all experts in order in one pass over the state."""
         self.fresh()
         script = [sys.executable, str(HERE / "_ours_fold.py"), self.base, str(self.state), str(self.ours), *experts]
         return measure([*script, "--method", method, "--threads", str(self.threads), *options], self.threads)
@@ -153,7 +153,7 @@ class Bench:
         last = self.work / "ours-last"
         shutil.rmtree(last, ignore_errors=True)
         self.ours.rename(last)
-        self.one_process("opcm", experts, "--float64", *LIKE_THE_PEER)
+        self.one_pass("opcm", experts, "--float64", *LIKE_THE_PEER)
         script = [sys.executable, str(HERE / "_models.py"), "compare", self.base, *experts]
         return measure([*script, "--merged", *map(str, (last, self.theirs, self.ours, exact))], self.threads).said
 
@@ -226,12 +226,12 @@ def scaling_table(bench: Bench, rounds: int) -> list[str]:
     lines = ["", "### Number of experts", ""]
     lines += [row("experts", "method", "wall s", "s an add", "peak MB", "state MB"), row("---:", "---", *["---:"] * 4)]
     runners = {
-        f"{n} | {method}": lambda n=n, method=method: bench.one_process(method, bench.experts[:n])
+        f"{n} | {method}": lambda n=n, method=method: bench.one_pass(method, bench.experts[:n])
         for n in SCALING
         for method in ("opcm", "gram")
     }
     for name, runs in interleave(rounds, runners).items():
-        adds = [statistics.median(r.said["add_s"][1:]) for r in runs]
+        adds = [r.said["add_s"] / int(name.split()[0]) for r in runs]
         state_mb = runs[0].said["state_bytes"] / 1e6
         peak = spread([r.peak_mb for r in runs], 0)
         lines.append(row(name, spread([r.wall_s for r in runs]), spread(adds), peak, f"{state_mb:.0f}"))
@@ -262,15 +262,15 @@ def main() -> None:
     bench = Bench(args)
     experts = bench.experts[: args.experts]
 
-    ours, sessions, peer = "merganser opcm, one process", "merganser opcm, one command an expert", "FusionBench OPCM"
+    ours, sessions, peer = "merganser opcm, one pass", "merganser opcm, one command an expert", "FusionBench OPCM"
     matched = not args.no_peer
     options = LIKE_THE_PEER if matched else ()
     runners: dict[str, Callable[[], Run]] = {
-        "merganser gram, one process": lambda: bench.one_process("gram", experts),
+        "merganser gram, one pass": lambda: bench.one_pass("gram", experts),
         sessions: lambda: bench.commands(experts, *options),
-        ours: lambda: bench.one_process("opcm", experts, *options),
+        ours: lambda: bench.one_pass("opcm", experts, *options),
     }
-    bench.one_process("opcm", experts[:2])
+    bench.one_pass("opcm", experts[:2])
     if matched:
         python = bench.peer_python(args.peer_python)
         bench.peer(python, experts[:2])
@@ -278,7 +278,7 @@ def main() -> None:
     found = interleave(args.rounds, runners)
 
     version = found[ours][0].said["torch"]
-    shown = {name: found[name] for name in (peer, ours, sessions, "merganser gram, one process") if name in found}
+    shown = {name: found[name] for name in (peer, ours, sessions, "merganser gram, one pass") if name in found}
     lines = [
         f"### {args.experts} experts of {bench.model_mb:.0f} MB, float32",
         "",

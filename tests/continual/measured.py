@@ -1,6 +1,7 @@
 """Fold models in a process of its own and print what it took, as JSON: for tests of memory.
 
-    python measured.py '{"method": "opcm", "settings": {}, "models": [BASE, E1, E2], "out": DIR, "spare_bytes": null}'
+    python measured.py '{"method": "opcm", "settings": {}, "models": [BASE, E1, E2], "out": DIR, "spare_bytes": null,
+        "together": false}'
 
 `spare_bytes` limits the private memory that the process may take beside what it holds before the work.
 """
@@ -47,9 +48,9 @@ if __name__ == "__main__":
     before = status_bytes("VmRSS")
     fold = Fold.init(base, root / "state", job["method"], threads=1, **settings)
     predicted = 0
-    for expert in experts:
-        predicted = max(predicted, fold.cost(expert, threads=1).peak_bytes)
-        fold.add(expert, threads=1)
+    for arrivals in [experts] if job["together"] else [[expert] for expert in experts]:
+        predicted = max(predicted, fold.cost(*arrivals, threads=1).peak_bytes)
+        fold.add_all(arrivals, threads=1)
     folding = status_bytes("VmHWM") - before
     fold.export(root / "merged", threads=1)
     print(json.dumps({"predicted": predicted, "folding": folding, "with_export": status_bytes("VmHWM") - before}))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import merganser.continual.stream as stream
 from merganser.continual import Fold
 from merganser.continual.ledger import read_ledger
 from merganser.methods import METHODS
-from support import arrays, distance, load, load_sums, save_family, tree
+from support import arrays, distance, load, load_sums, save, save_family, tree
 
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
@@ -34,6 +35,32 @@ def run(family: list[Path], folder: Path, method: str, threads: int | None = 1) 
         fold.add(expert, threads=threads)
     out = fold.export(folder / "out", threads=threads)
     return tree(fold.path) | {"merged": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()}
+
+
+@EVERY_METHOD
+@pytest.mark.parametrize("options", [{}, {"float64": True, "sums_dtype": "F32"}], ids=["default", "rounded"])
+def test_one_pass_over_several_experts_gives_the_bits_of_as_many_passes(
+    family: list[Path], tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    one_by_one = Fold.init(family[0], tmp_path / "one-by-one", method, **options)
+    entries = [one_by_one.add(expert) for expert in family[1:]]
+    together = Fold.init(family[0], tmp_path / "together", method, **options)
+    assert list(together.add_all(family[1:], threads=2)) == entries
+    sums = [load_sums(fold.path) for fold in (one_by_one, together)]
+    assert {n: x.numpy().tobytes() for n, x in sums[0].items()} == {n: x.numpy().tobytes() for n, x in sums[1].items()}
+    same = ("contributors", "merged_norm")
+    assert [getattr(together.ledger, n) for n in same] == [getattr(one_by_one.ledger, n) for n in same]
+
+
+def test_expert_without_a_tensor_counts_as_unchanged_there_in_one_pass_too(family: list[Path], tmp_path: Path) -> None:
+    patterns, found = ["wide.weight", "norm.weight"], []
+    first = save({n: x for n, x in load(family[1]).items() if n not in patterns}, tmp_path / "partial")
+    for order in ([first, family[2]], [family[2], first]):
+        fold = Fold.init(family[0], tmp_path / f"state-{len(found)}", "mean")
+        fold.add_all(order, ignore=patterns)
+        found.append(load_sums(fold.path))
+        assert not any(found[-1][name].any() for name in ("s/wide.weight", "s/norm.weight"))
+    assert all(distance(found[0][n].numpy(), found[1][n].numpy()) < 1e-15 for n in found[0])
 
 
 @EVERY_METHOD

@@ -95,6 +95,27 @@ def test_same_content_cannot_be_added_under_another_name(shop: Shop) -> None:
         shop.fold.add(twin)
 
 
+def test_of_several_experts_all_come_in_or_none(shop: Shop) -> None:
+    broken = load(shop.experts[3])
+    broken["wide.weight"][2, 3] = float("nan")
+    nan = save(broken, shop.root / "nan")
+    with (
+        shop.untouched(),
+        refused(NonFiniteError, f"wide.weight of {nan} holds NaN or infinity", "leave the expert out"),
+    ):
+        shop.fold.add_all([shop.experts[2], nan])
+    with shop.untouched(), refused(StateError, "expert-03 is in", "remove it first"):
+        shop.fold.add_all([shop.experts[2], shop.experts[2]])
+    twin = Path(shutil.copytree(shop.experts[2], shop.root / "twin"))
+    with shop.untouched(), refused(StateError, "is in", "nothing was changed"):
+        shop.fold.add_all([shop.experts[2], twin])
+    with shop.untouched(), refused(ParameterError, "--name x is for one expert, and 2 are given", "one by one"):
+        shop.fold.add_all(shop.experts[2:], name="x")
+    with shop.untouched(), refused(ParameterError, "no expert is given"):
+        shop.fold.add_all([])
+    assert [entry.name for entry in shop.fold.add_all(shop.experts[2:])] == ["expert-03", "expert-04"]
+
+
 def test_expert_of_another_base_is_refused_unless_it_is_asked_for(shop: Shop) -> None:
     stranger = save(make_base(99), shop.root / "stranger")
     with shop.untouched(), refused(StateError, "so it was hardly tuned from it", "--allow-distant"):

@@ -42,7 +42,9 @@ def save_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int 
     return [save(model, folder / f"model-{i}") for i, model in enumerate(models)]
 
 
-def measure(models: list[Path], out: Path, recipe: str, spare_bytes: int | None = None) -> dict[str, int]:
+def measure(
+    models: list[Path], out: Path, recipe: str, spare_bytes: int | None = None, *, together: bool = False
+) -> dict[str, int]:
     method, settings = RECIPES[recipe]
     job = {
         "method": method,
@@ -50,6 +52,7 @@ def measure(models: list[Path], out: Path, recipe: str, spare_bytes: int | None 
         "models": list(map(str, models)),
         "out": str(out),
         "spare_bytes": spare_bytes,
+        "together": together,
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -88,6 +91,14 @@ def test_peak_does_not_grow_with_the_number_of_tensors(tmp_path: Path, recipe: s
         peaks[count], predicted[count] = found["with_export"], found["predicted"]
     assert predicted[10] == predicted[40]
     assert peaks[40] <= peaks[10] + 8_000_000  # 30 more tensors are 31 MB, and 31 to 157 MB of sums
+
+
+@pytest.mark.parametrize("recipe", ["opcm", "mean"])
+def test_peak_does_not_grow_with_the_number_of_experts_in_one_pass(tmp_path: Path, recipe: str) -> None:
+    models = save_models(tmp_path / "models", {"layer.weight": (1024, 1024)}, count=7)
+    found = {n: measure(models[: n + 1], tmp_path / f"work-{n}", recipe, together=True) for n in (2, 6)}
+    assert found[2]["predicted"] == found[6]["predicted"]
+    assert found[6]["folding"] <= found[2]["folding"] + 4_000_000  # four more experts are 17 MB
 
 
 @pytest.fixture(scope="module")

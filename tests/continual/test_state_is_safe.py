@@ -29,6 +29,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "
 COMMANDS = {
     "init": ["fold", "init", "{base}", "{}/new"],
     "add": ["fold", "add", "{}/state", "{3}"],
+    "add-two": ["fold", "add", "{}/state", "{3}", "{4}"],
     "remove": ["fold", "remove", "{}/state", "expert-01"],
     "remove-last": ["fold", "remove", "{}/other", "expert-04"],
     "reweight": ["fold", "reweight", "{}/state", "expert-02", "0.25"],
@@ -66,7 +67,8 @@ class Runs:
         self.outcomes: dict[str, list[list[int]]] = json.loads(done.stdout)
 
     def _filled(self, part: str) -> str:
-        return part.replace("{base}", str(self.family[0])).replace("{3}", str(self.family[3]))
+        places = {"{base}": self.family[0], "{3}": self.family[3], "{4}": self.family[4]}
+        return str(places.get(part, part))
 
     def killed(self, command: str) -> list[Path]:
         """Folders of the runs that died, in the order of the touches."""
@@ -117,6 +119,7 @@ def test_commands_were_killed_at_every_touch_and_then_went_through(killed: Runs)
 
 AGAIN: dict[str, Callable[[Fold, Runs], object]] = {
     "add": lambda fold, runs: fold.add(runs.family[3], threads=1),
+    "add-two": lambda fold, runs: fold.add_all(runs.family[3:5], threads=1),
     "remove": lambda fold, _: fold.remove("expert-01", threads=1),
     "remove-last": lambda fold, _: fold.remove("expert-04", threads=1),
     "reweight": lambda fold, _: fold.reweight("expert-02", 0.25, threads=1),

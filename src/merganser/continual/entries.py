@@ -22,20 +22,35 @@ def default_sums(kind: Kind, base: Source, float64: bool) -> Literal["F32", "F64
     return "F64" if exact else "F32"
 
 
-def new_entry(
-    expert: str | Path, weight: float, name: str | None, ignore: Sequence[str], rename: Sequence[str]
-) -> Contributor:
-    """An entry of an expert that has not been read yet."""
-    ref = absolute_ref(str(expert))
-    return Contributor(
-        name=name or short_name(ref),
-        ref=ref,
-        digest="",
-        weight=weight,
-        norm=0.0,
-        ignore=tuple(ignore),
-        rename=tuple(rename),
-    )
+def new_entries(
+    experts: Sequence[str | Path],
+    weight: float,
+    name: str | None,
+    ignore: Sequence[str],
+    rename: Sequence[str],
+    nonfinite: bool = False,
+) -> list[Contributor]:
+    """Entries of experts that have not been read yet.
+
+    Raises:
+        ParameterError: If there is one name for several.
+    """
+    if name is not None and len(experts) != 1:
+        raise ParameterError(f"--name {name} is for one expert, and {len(experts)} are given", "add them one by one")
+    refs = [absolute_ref(str(expert)) for expert in experts]
+    return [
+        Contributor(
+            name=name or short_name(ref),
+            ref=ref,
+            digest="",
+            weight=weight,
+            norm=0.0,
+            ignore=tuple(ignore),
+            rename=tuple(rename),
+            nonfinite=nonfinite,
+        )
+        for ref in refs
+    ]
 
 
 def ledger_kind(ledger: Ledger) -> Kind:
@@ -43,13 +58,13 @@ def ledger_kind(ledger: Ledger) -> Kind:
     return kind_of(ledger.method, ledger.settings, ledger.slots)
 
 
-def refuse_known(state: Path, ledger: Ledger, entry: Contributor) -> None:
+def refuse_known(state: Path, known: Sequence[Contributor], entry: Contributor) -> None:
     """Refuse an expert whose name is taken.
 
     Raises:
         StateError: If it is.
     """
-    if any(c.name == entry.name for c in ledger.contributors):
+    if any(c.name == entry.name for c in known):
         raise StateError(f"{entry.name} is in {state} already", "remove it first, or give another --name")
 
 

@@ -9,15 +9,9 @@ from typing import Any, Literal
 
 from merganser.checkpoints import open_source
 from merganser.checkpoints.writer import FolderTransaction
+from merganser.continual.changing import How, arrivals, set_weight, take_in
 from merganser.continual.combine import combine
-from merganser.continual.entries import (
-    check_weight,
-    default_sums,
-    find_entry,
-    ledger_kind,
-    new_entry,
-    refuse_known,
-)
+from merganser.continual.entries import check_weight, default_sums, ledger_kind, new_entries
 from merganser.continual.export import export
 from merganser.continual.kinds import Kind, kind_of
 from merganser.continual.ledger import (
@@ -33,12 +27,12 @@ from merganser.continual.ledger import (
     write_record,
 )
 from merganser.continual.measure import base_digest, model_digest
-from merganser.continual.passing import Cost, Pass, Result, prepare
+from merganser.continual.passing import Arrival, Cost, Pass
 from merganser.continual.roles import assign_roles
-from merganser.continual.state import advance, bytes_on_disk, locked
+from merganser.continual.state import bytes_on_disk, locked
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.continual.verify import Finding, verify
-from merganser.errors import ParameterError, StateError
+from merganser.errors import ParameterError
 from merganser.version import __version__
 
 
@@ -178,42 +172,65 @@ class Fold:
             StateError: If it is in already, or seems to be tuned from another base; the state is as it was.
             TensorError: If its tensors do not fit the base's.
         """
-        with locked(self.path, write=True) as ledger:
-            check_weight(ledger, weight)
-            entry = new_entry(expert, weight, name, ignore, rename)
-            refuse_known(self.path, ledger, entry)
-            record = read_base_record(self.path)
-            step = prepare(
-                self.path,
-                ledger,
-                record,
-                ledger_kind(ledger),
-                open_base(self.path, ledger, record, base),
-                entry,
-                weights=(0.0, weight),
-                t=len(ledger.contributors) + 1,
-                allow_nonfinite=allow_nonfinite,
-                device=device,
-            )
-            result = step.run(usable_threads(threads), progress)
-            with result.writer:
-                if twin := next((c for c in ledger.contributors if c.digest == result.digest), None):
-                    raise StateError(f"{expert} is in {self.path} already, as {twin.name}", "nothing was changed")
-                if result.distance > 1 and not allow_distant:
-                    raise StateError(
-                        f"the change of {expert} is {result.distance:.3g} times as large as the base, "
-                        "so it was hardly tuned from it",
-                        "check the base, or pass --allow-distant",
-                    )
-                entry = entry.model_copy(
-                    update={
-                        "digest": result.digest,
-                        "norm": abs(weight) * result.change_norm,
-                        "nonfinite": allow_nonfinite,
-                    }
-                )
-                self._commit(ledger, result, (*ledger.contributors, entry), entry)
-        return entry
+        entries = self.add_all(
+            [expert],
+            weight=weight,
+            name=name,
+            ignore=ignore,
+            rename=rename,
+            allow_nonfinite=allow_nonfinite,
+            allow_distant=allow_distant,
+            base=base,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+        return entries[0]
+
+    def add_all(
+        self,
+        experts: Sequence[str | Path],
+        *,
+        weight: float = 1.0,
+        name: str | None = None,
+        ignore: Sequence[str] = (),
+        rename: Sequence[str] = (),
+        allow_nonfinite: bool = False,
+        allow_distant: bool = False,
+        base: str | Path | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Contributor, ...]:
+        """Take in experts in order, in one pass: the bits of as many `add`, with the state read and written once.
+
+        All of them come in, or none does. Memory does not depend on how many there are.
+
+        Args:
+            experts: references, at least one.
+            weight: as for `add`, of each of them, and so the others.
+            name: for one expert only.
+            ignore: patterns of tensor names to leave out.
+            rename: prefixes to replace.
+            allow_nonfinite: count NaN and infinity as unchanged.
+            allow_distant: accept a change that is larger than the base.
+            base: where the base is, if it has moved.
+            device: where the arithmetic runs.
+            threads: tensors at a time.
+            progress: called as (bytes done, bytes in all).
+
+        Returns:
+            The ledger's new entries.
+
+        Raises:
+            StateError: As for `add`, for any of them; the state is as it was.
+            TensorError: If the tensors of one do not fit the base's.
+        """
+        check_weight(self.ledger, weight)
+        entries = new_entries(experts, weight, name, ignore, rename, allow_nonfinite)
+        how = How(base, device, threads, progress)
+        self.ledger, admitted = take_in(self.path, entries, how, allow_distant=allow_distant)
+        return admitted
 
     def remove(
         self,
@@ -239,7 +256,8 @@ class Fold:
         Raises:
             StateError: If it is not in, its file has changed, or the method cannot remove; the state is as it was.
         """
-        return self._change_weight(expert, None, base, device, threads, progress)
+        self.ledger, entry = set_weight(self.path, expert, None, How(base, device, threads, progress))
+        return entry
 
     def reweight(
         self,
@@ -267,71 +285,22 @@ class Fold:
         Raises:
             StateError: As for `remove`.
         """
-        return self._change_weight(expert, weight, base, device, threads, progress)
-
-    def _change_weight(
-        self,
-        expert: str | Path,
-        weight: float | None,
-        base: str | Path | None,
-        device: str,
-        threads: int | None,
-        progress: Progress | None,
-    ) -> Contributor:
-        """Set a weight; None removes the expert."""
-        with locked(self.path, write=True) as ledger:
-            if not ledger_kind(ledger).removable:
-                raise StateError(
-                    f"{ledger.method} cannot take an expert out of its state: every later step was built on it",
-                    "fold the others anew, or use a method of sums: merganser methods",
-                )
-            old = find_entry(ledger, expert, self.path)
-            others = tuple(c for c in ledger.contributors if c.name != old.name)
-            if weight is not None:
-                check_weight(ledger, weight)
-            if weight is None and not others:
-                self._commit(ledger, None, (), old)
-                return old
-            entry = old if str(expert) == old.name else old.model_copy(update={"ref": absolute_ref(str(expert))})
-            record = read_base_record(self.path)
-            step = prepare(
-                self.path,
-                ledger,
-                record,
-                ledger_kind(ledger),
-                open_base(self.path, ledger, record, base),
-                entry,
-                weights=(old.weight, weight or 0.0),
-                t=len(ledger.contributors),
-                allow_nonfinite=old.nonfinite,
-                device=device,
-            )
-            result = step.run(usable_threads(threads), progress)
-            with result.writer:
-                if result.digest != old.digest:
-                    raise StateError(f"{entry.ref} has changed since it was added as {old.name}", "nothing was changed")
-                if weight is None:
-                    self._commit(ledger, result, others, old)
-                    return old
-                entry = entry.model_copy(update={"weight": weight, "norm": abs(weight) * result.change_norm})
-                after = tuple(entry if c.name == old.name else c for c in ledger.contributors)
-                self._commit(ledger, result, after, entry)
-                return entry
+        self.ledger, entry = set_weight(self.path, expert, weight, How(base, device, threads, progress))
+        return entry
 
     def cost(
         self,
-        expert: str | Path,
-        *,
+        *experts: str | Path,
         name: str | None = None,
         ignore: Sequence[str] = (),
         rename: Sequence[str] = (),
         base: str | Path | None = None,
         threads: int | None = None,
     ) -> Cost:
-        """What adding an expert takes, from headers alone; nothing is written.
+        """What adding experts in one pass takes, from headers alone; nothing is written.
 
         Args:
-            expert: as for `add`, and so the others.
+            experts: as for `add_all`, and so the others.
             name: what the ledger would call it.
             ignore: patterns of tensor names to leave out.
             rename: prefixes to replace.
@@ -343,19 +312,15 @@ class Fold:
             TensorError: If its tensors do not fit the base's.
         """
         with locked(self.path, write=False) as ledger:
-            entry = new_entry(expert, 1.0, name, ignore, rename)
-            refuse_known(self.path, ledger, entry)
-            record = read_base_record(self.path)
-            source = open_base(self.path, ledger, record, base)
-            t = len(ledger.contributors) + 1
-            step = prepare(self.path, ledger, record, ledger_kind(ledger), source, entry, weights=(0.0, 1.0), t=t)
+            entries = new_entries(experts, 1.0, name, ignore, rename)
+            step = arrivals(self.path, ledger, read_base_record(self.path), entries, base=base)
             return step.cost(usable_threads(threads))
 
     def cost_of_next(self, *, threads: int | None = None, base: str | Path | None = None) -> Cost:
         """What adding an expert of the base's own types takes; nothing but headers is read."""
         source = open_base(self.path, self.ledger, self.record, base)
         found = {name: name for name, role in self.record.roles.items() if role != "fixed"}
-        step = Pass(self.path, self.ledger, self.record, self.kind, source, source, found, 1, 1, 1)
+        step = Pass(self.path, self.ledger, self.record, self.kind, source, (Arrival(source, found),))
         return step.cost(usable_threads(threads))
 
     def export(self, out: str | Path, method: str | None = None, **options: Any) -> Path:
@@ -371,24 +336,3 @@ class Fold:
         """Add up states over one base into a new one; see `merganser.continual.combine.combine`."""
         combine([Path(s) for s in states], Path(out), threads=threads)
         return cls(out)
-
-    def _commit(
-        self, ledger: Ledger, result: Result | None, contributors: tuple[Contributor, ...], entry: Contributor
-    ) -> None:
-        """Make the new generation and its ledger the state; without a result, the state is empty again."""
-        generation = ledger.generation + 1
-        sums, merged_norm = None, 0.0
-        if result is not None:
-            sums, merged_norm = result.writer.target.name, result.merged_norm
-            result.writer.commit(
-                {
-                    "merganser": __version__,
-                    "generation": generation,
-                    "expert": {"name": entry.name, "ref": entry.ref, "tensors": result.tensors},
-                    "outputs": result.writer.digests(),
-                }
-            )
-        changed = {"version": __version__, "generation": generation, "sums": sums, "merged_norm": merged_norm}
-        after = Ledger.model_validate(dict(ledger) | changed | {"contributors": contributors})
-        advance(self.path, ledger, after)
-        self.ledger = after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import fsum, sqrt
 from typing import Any
@@ -20,72 +20,79 @@ from merganser.types import Source, TensorInfo
 
 @dataclass
 class Reading:
-    """What was seen of one tensor while its change went by.
+    """What was seen of one tensor of one model while it went by.
 
     Attributes:
-        base_digest: sha256 of the base's bytes.
-        expert_digest: sha256 of the expert's bytes.
-        change_squares: sums of squares of weight * change, one a chunk.
-        base_squares: the same of the base.
+        hash: sha256 of its bytes.
+        squares: sums of squares of its values, or of its change, one a chunk.
     """
 
-    base_hash: Any = field(default_factory=hashlib.sha256)
-    expert_hash: Any = field(default_factory=hashlib.sha256)
-    change_squares: list[float] = field(default_factory=list)
-    base_squares: list[float] = field(default_factory=list)
+    hash: Any = field(default_factory=hashlib.sha256)
+    squares: list[float] = field(default_factory=list)
 
 
-def changes(
+def change(
     base: Source,
     expert: Source,
     name: str,
     stored: str,
+    rows: tuple[int, int] | None,
+    base_reading: Reading | None,
     reading: Reading,
     *,
-    whole: bool,
     float64: bool,
     device: str,
     allow_nonfinite: bool,
-) -> Iterator[tuple[int, Tensor]]:
-    """Expert minus base, as (first row, change): the whole tensor at once, or chunk by chunk.
+) -> Tensor:
+    """Expert minus base: a whole tensor, or some rows of it.
+
+    Args:
+        base: the base.
+        expert: the expert.
+        name: of the tensor in the base.
+        stored: its name in the expert.
+        rows: [start, stop) of axis 0, in order of the calls; None for all.
+        base_reading: grows by what is read of the base; None where that was seen before.
+        reading: grows by what is read of the expert; its squares are the change's.
+        float64: whatever the files hold.
+        device: where the result is.
+        allow_nonfinite: count NaN and infinity as no change.
 
     Raises:
-        NonFiniteError: If the expert holds NaN or infinity there; where that is allowed, they count as no change.
+        NonFiniteError: If the expert holds NaN or infinity there, and that is not allowed.
     """
-    shape = base.infos[name].shape
-    for start, stop in [(0, shape[0] if shape else 1)] if whole else chunks(shape):
-        rows = None if whole or not shape else (start, stop)
-        old = base.read(name, rows)
-        reading.base_hash.update(raw_bytes(old))
-        dtype = compute_dtype(old.dtype, float64=float64)
-        d_old = old.to(device, dtype)
-        del old
-        new = expert.read(stored, rows)
-        reading.expert_hash.update(raw_bytes(new))
-        dtype = compute_dtype(new.dtype, float64=float64 or dtype == torch.float64)
-        d = new.to(device, dtype, copy=True)
-        del new
-        reading.base_squares.append(sum_of_squares(d_old))
-        d -= d_old
-        del d_old
+    old = base.read(name, rows)
+    if base_reading is not None:
+        base_reading.hash.update(raw_bytes(old))
+    dtype = compute_dtype(old.dtype, float64=float64)
+    d_old = old.to(device, dtype)
+    del old
+    new = expert.read(stored, rows)
+    reading.hash.update(raw_bytes(new))
+    dtype = compute_dtype(new.dtype, float64=float64 or dtype == torch.float64)
+    d = new.to(device, dtype, copy=True)
+    del new
+    if base_reading is not None:
+        base_reading.squares.append(sum_of_squares(d_old))
+    d -= d_old
+    del d_old
+    square = sum_of_squares(d)
+    if not (square < float("inf") or bool(torch.isfinite(d).all())):
+        if not allow_nonfinite:
+            raise NonFiniteError(
+                f"{name} of {expert.ref} holds NaN or infinity",
+                "leave the expert out, or count such entries as unchanged with --allow-nonfinite",
+            )
+        d = torch.nan_to_num(d, nan=0.0, posinf=0.0, neginf=0.0)
         square = sum_of_squares(d)
-        if not (square < float("inf") or bool(torch.isfinite(d).all())):
-            if not allow_nonfinite:
-                raise NonFiniteError(
-                    f"{name} of {expert.ref} holds NaN or infinity",
-                    "leave the expert out, or count such entries as unchanged with --allow-nonfinite",
-                )
-            d = torch.nan_to_num(d, nan=0.0, posinf=0.0, neginf=0.0)
-            square = sum_of_squares(d)
-        reading.change_squares.append(square)
-        yield start, d
+    reading.squares.append(square)
+    return d
 
 
 def equal(base: Source, expert: Source, name: str, stored: str, reading: Reading) -> bool:
     """Whether an integer or boolean tensor is the same in both."""
     one, other = base.read(name), expert.read(stored)
-    reading.base_hash.update(raw_bytes(one))
-    reading.expert_hash.update(raw_bytes(other))
+    reading.hash.update(raw_bytes(other))
     return bool(torch.equal(one, other))
 
 

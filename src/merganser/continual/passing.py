@@ -1,8 +1,12 @@
-"""One pass: an expert's change goes by, tensor by tensor, and a new generation of the state is written."""
+"""One pass: changes of arriving experts go by, tensor by tensor, and a new generation of the state is written.
+
+Several experts may arrive in one pass: each tensor of the state is read once, takes in their changes in order, and is
+written once. The bits are those of as many passes, since the state is rounded to its type on disk after each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,15 +19,15 @@ from merganser.checkpoints import open_source
 from merganser.checkpoints.copying import renamed_by
 from merganser.checkpoints.views import widened
 from merganser.checkpoints.writer import CheckpointWriter
-from merganser.continual.kinds import Kind
+from merganser.continual.kinds import Kind, Slots
 from merganser.continual.ledger import BaseRecord, Contributor, Ledger
-from merganser.continual.measure import Reading, changes, equal, model_digest, norm, tensor_digest
+from merganser.continual.measure import Reading, change, equal, model_digest, norm, tensor_digest
 from merganser.continual.pairing import pair, untied
 from merganser.continual.roles import Role, is_matrix
 from merganser.continual.state import CheckedSums, next_generation, open_sums
-from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, peak_bytes, run_jobs
+from merganser.continual.stream import Job, Progress, chunk_elements, chunks, peak_bytes, run_jobs
 from merganser.errors import DtypeError, ParameterError, StateError, TensorError
-from merganser.numerics import compute_dtype, sum_of_squares
+from merganser.numerics import compute_dtype, narrowed, sum_of_squares
 from merganser.types import ITEM_BYTES, Source, TensorInfo
 
 NORMED: tuple[Role, ...] = ("matrix", "transposed", "vector")
@@ -45,11 +49,50 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one tensor's job saw: the reading, and sums of squares of the new merged change."""
+class Arrival:
+    """One expert of a pass.
 
-    reading: Reading
+    Attributes:
+        expert: under the base's names.
+        found: base name -> the expert's stored tensor.
+        factor: of the change: its weight, or the difference of two weights.
+        statistic_factor: the same of the weights' sizes, for running statistics.
+        t: its number among the arrivals.
+        allow_nonfinite: count NaN and infinity as no change.
+    """
+
+    expert: Source
+    found: Mapping[str, str]
+    factor: float = 1.0
+    statistic_factor: float = 1.0
+    t: int = 1
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one tensor's job saw: the base, each expert, and sums of squares of the new merged change."""
+
+    base: Reading
+    experts: tuple[Reading, ...]
     merged_squares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass saw of one expert.
+
+    Attributes:
+        digest: of the expert.
+        tensors: sha256 of each of its tensors.
+        change_norm: Frobenius norm of its change, over matrices and vectors.
+        distance: norm of the change over norm of the base, over matrices where there are any.
+    """
+
+    digest: str
+    tensors: dict[str, str]
+    change_norm: float
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -58,18 +101,12 @@ class Result:
 
     Attributes:
         writer: the new generation, written and not committed.
-        digest: of the expert.
-        tensors: sha256 of each of the expert's tensors.
-        change_norm: Frobenius norm of the expert's change, over matrices and vectors.
-        distance: norm of the change over norm of the base, over matrices where there are any.
-        merged_norm: the same of a sequential method's new state.
+        experts: what was seen of each, in order.
+        merged_norm: Frobenius norm of a sequential method's new state, over matrices and vectors.
     """
 
     writer: CheckpointWriter
-    digest: str
-    tensors: dict[str, str]
-    change_norm: float
-    distance: float
+    experts: tuple[Seen, ...]
     merged_norm: float
 
 
@@ -83,12 +120,7 @@ class Pass:
         record: what the state remembers of the base.
         kind: the method's continual side.
         base: the base.
-        expert: the expert, under the base's names.
-        found: base name -> the expert's stored tensor.
-        factor: of the change: its weight, or the difference of two weights.
-        statistic_factor: the same of the weights' sizes, for running statistics.
-        t: number of this arrival.
-        allow_nonfinite: count NaN and infinity as no change.
+        arrivals: the experts, in order.
         device: where the arithmetic runs.
     """
 
@@ -97,18 +129,14 @@ class Pass:
     record: BaseRecord
     kind: Kind
     base: Source
-    expert: Source
-    found: Mapping[str, str]
-    factor: float
-    statistic_factor: float
-    t: int
-    allow_nonfinite: bool = False
+    arrivals: tuple[Arrival, ...]
     device: str = "cpu"
 
     def cost(self, threads: int) -> Cost:
         """What `run` will take."""
         written = sum(info.nbytes for info in self._slot_infos().values())
-        read = sum(self.base.infos[n].nbytes + self.expert.infos[stored].nbytes for n, stored in self.found.items())
+        read = sum(self.base.infos[n].nbytes for n in {n for a in self.arrivals for n in a.found})
+        read += sum(a.expert.infos[stored].nbytes for a in self.arrivals for stored in a.found.values())
         jobs = self._jobs(open_sums(self.state, self.ledger, self._slot_infos()), None)
         return Cost(peak_bytes(jobs, threads), read + (written if self.ledger.sums else 0), written)
 
@@ -119,9 +147,10 @@ class Pass:
             TensorError: If a tensor cannot be merged.
             StateError: If the base has changed since init.
         """
-        for alias, stored in untied(self.base, self.expert):
-            if tensor_digest(self.expert, alias) != tensor_digest(self.expert, stored):
-                raise TensorError(f"{alias} and {stored} are one tensor in the base, and differ in {self.expert.ref}")
+        for expert in (a.expert for a in self.arrivals):
+            for alias, stored in untied(self.base, expert):
+                if tensor_digest(expert, alias) != tensor_digest(expert, stored):
+                    raise TensorError(f"{alias} and {stored} are one tensor in the base, and differ in {expert.ref}")
         writer = next_generation(self.state, self.ledger, self._slot_infos())
         try:
             jobs = self._jobs(open_sums(self.state, self.ledger, self._slot_infos()), writer)
@@ -129,21 +158,27 @@ class Pass:
         except BaseException:
             writer.abort()
             raise
-        tensors = {name: outcomes[name].reading.expert_hash.hexdigest() for name in self.found}
-        digest = self.expert.identity or model_digest({n: self.expert.infos[s] for n, s in self.found.items()}, tensors)
-        normed = [outcomes[name] for name, role in self.record.roles.items() if role in NORMED]
+        merged = [
+            x for name, role in self.record.roles.items() if role in NORMED for x in outcomes[name].merged_squares
+        ]
+        return Result(writer, tuple(self._seen(i, outcomes) for i in range(len(self.arrivals))), norm(merged))
+
+    def _seen(self, i: int, outcomes: Mapping[str, Outcome]) -> Seen:
+        expert, found = self.arrivals[i].expert, self.arrivals[i].found
+        tensors = {name: outcomes[name].experts[i].hash.hexdigest() for name in found}
+        roles = {name: self.record.roles[name] for name in found}
+        normed = [name for name, role in roles.items() if role in NORMED]
         # Norm weights near 1 would hide that two networks have nothing in common: only matrices tell.
-        telling = [outcomes[name] for name, role in self.record.roles.items() if is_matrix(role)] or normed
-        return Result(
-            writer,
-            digest,
+        telling = [name for name, role in roles.items() if is_matrix(role)] or normed
+        change_norm, telling_norm = (
+            norm([x for name in names for x in outcomes[name].experts[i].squares]) for names in (normed, telling)
+        )
+        base_norm = norm([x for name in telling for x in outcomes[name].base.squares])
+        return Seen(
+            expert.identity or model_digest({n: expert.infos[s] for n, s in found.items()}, tensors),
             tensors,
-            change_norm=norm([x for o in normed for x in o.reading.change_squares]),
-            distance=_ratio(
-                norm([x for o in telling for x in o.reading.change_squares]),
-                norm([x for o in telling for x in o.reading.base_squares]),
-            ),
-            merged_norm=norm([x for o in normed for x in o.merged_squares]),
+            change_norm,
+            distance=telling_norm / base_norm if base_norm > 0 else 0.0,
         )
 
     def _slot_infos(self) -> dict[str, TensorInfo]:
@@ -163,70 +198,84 @@ class Pass:
             else:
                 needs = self.kind.fold_bytes(role, info.shape, float64=float64)
             run = partial(self._fold_tensor, name, role, sums, writer)
-            jobs.append(Job(name, run, needs, 2 * info.nbytes + 2 * slot_bytes))
+            jobs.append(Job(name, run, needs, 2 * info.nbytes * len(self.arrivals) + 2 * slot_bytes))
         return jobs
 
     def _fold_tensor(self, name: str, role: Role, sums: CheckedSums | None, writer: CheckpointWriter | None) -> Outcome:
         assert writer is not None
-        reading = Reading()
+        base, readings = Reading(), tuple(Reading() for _ in self.arrivals)
         if role in ("exact", "fixed"):
-            self._compare_exact(name, reading)
-            return Outcome(reading)
+            for arrival, reading in zip(self.arrivals, readings, strict=True):
+                self._compare_exact(arrival, name, reading)
+            return Outcome(base, readings)
         shape, squares = self.base.infos[name].shape, []
         slots = self.kind.slot_shapes(role, shape)
         whole = not self.kind.chunked(role, shape)
-        for start, d in self._changes(name, reading, whole):
-            rows = None if whole or not shape else (start, start + d.shape[0])
-            old = {s: sums.read(f"{s}/{name}", rows).to(self.device) for s in slots} if sums is not None else {}
-            d = self.kind.seen(role, shape, d)
-            factor = self.statistic_factor if role == "statistic" else self.factor
-            try:
-                new = self.kind.update(role, shape, old, d, weight=factor, t=self.t)
-            except ParameterError as error:
-                raise ParameterError(f"{name}: {error.message}", error.hint) from error
-            del old, d
-            if "d" in new:
-                squares.append(sum_of_squares(new["d"]))
+        for start, stop in [(0, 1)] if whole else chunks(shape):
+            rows = None if whole or not shape else (start, stop)
+            state = {s: sums.read(f"{s}/{name}", rows).to(self.device) for s in slots} if sums is not None else {}
+            first_with_it = True
+            for arrival, reading in zip(self.arrivals, readings, strict=True):
+                if name in arrival.found:
+                    d = self._change(arrival, name, rows, base if first_with_it else None, reading)
+                    first_with_it = False
+                else:
+                    d = self._no_change(name, rows)
+                state = self._updated(name, role, state, self.kind.seen(role, shape, d), arrival)
+                del d
+            if "d" in state:
+                squares.append(sum_of_squares(state["d"]))
             for slot in slots:
-                writer.put(f"{slot}/{name}", new.pop(slot), start)
-        if name in self.found and reading.base_hash.hexdigest() != self.record.tensors[name]:
+                writer.put(f"{slot}/{name}", state.pop(slot), start)
+        if any(name in a.found for a in self.arrivals) and base.hash.hexdigest() != self.record.tensors[name]:
             raise StateError(
                 f"{name} of the base {self.base.ref} has changed since init", "put the original base back, or init anew"
             )
-        return Outcome(reading, tuple(squares))
+        return Outcome(base, readings, tuple(squares))
 
-    def _changes(self, name: str, reading: Reading, whole: bool) -> Iterator[tuple[int, Tensor]]:
-        info = self.base.infos[name]
-        if name in self.found:
-            return changes(
-                self.base,
-                self.expert,
-                name,
-                self.found[name],
-                reading,
-                whole=whole,
-                float64=self.ledger.float64,
-                device=self.device,
-                allow_nonfinite=self.allow_nonfinite,
-            )
-        dtype = compute_dtype(torch.float64 if info.dtype == "F64" else torch.float32, float64=self.ledger.float64)
-        spans = [(0, info.rows)] if whole else chunks(info.shape)
-        return (
-            (start, torch.zeros((stop - start, *info.shape[1:]) if info.shape else (), dtype=dtype, device=self.device))
-            for start, stop in spans
+    def _updated(self, name: str, role: Role, state: Slots, d: Tensor, arrival: Arrival) -> Slots:
+        """The slots after one change, in their type on disk."""
+        factor = arrival.statistic_factor if role == "statistic" else arrival.factor
+        try:
+            new = self.kind.update(role, self.base.infos[name].shape, state, d, weight=factor, t=arrival.t)
+        except ParameterError as error:
+            raise ParameterError(f"{name}: {error.message}", error.hint) from error
+        return {slot: narrowed(x, self.ledger.sums_dtype, f"{slot}/{name}") for slot, x in new.items()}
+
+    def _change(
+        self,
+        arrival: Arrival,
+        name: str,
+        rows: tuple[int, int] | None,
+        base_reading: Reading | None,
+        reading: Reading,
+    ) -> Tensor:
+        return change(
+            self.base,
+            arrival.expert,
+            name,
+            arrival.found[name],
+            rows,
+            base_reading,
+            reading,
+            float64=self.ledger.float64,
+            device=self.device,
+            allow_nonfinite=arrival.allow_nonfinite,
         )
 
-    def _compare_exact(self, name: str, reading: Reading) -> None:
-        stored = self.found.get(name)
-        if stored is not None and not equal(self.base, self.expert, name, stored, reading):
+    def _no_change(self, name: str, rows: tuple[int, int] | None) -> Tensor:
+        info = self.base.infos[name]
+        dtype = compute_dtype(torch.float64 if info.dtype == "F64" else torch.float32, float64=self.ledger.float64)
+        shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _compare_exact(self, arrival: Arrival, name: str, reading: Reading) -> None:
+        stored = arrival.found.get(name)
+        if stored is not None and not equal(self.base, arrival.expert, name, stored, reading):
             raise DtypeError(
-                f"{name} is {self.base.infos[name].dtype} and differs between {self.base.ref} and {self.expert.ref}",
+                f"{name} is {self.base.infos[name].dtype} and differs between {self.base.ref} and {arrival.expert.ref}",
                 f"integers cannot be merged; leave it out with --ignore '{name}'",
             )
-
-
-def _ratio(change: float, base: float) -> float:
-    return change / base if base > 0 else 0.0
 
 
 def open_expert(entry: Contributor, base: Source) -> Source:
@@ -238,19 +287,15 @@ def open_expert(entry: Contributor, base: Source) -> Source:
     return renamed_by(open_source(entry.ref, base=widened(base)), entry.rename)
 
 
-def prepare(
-    state: Path,
-    ledger: Ledger,
+def arrive(
     record: BaseRecord,
-    kind: Kind,
     base: Source,
     entry: Contributor,
     *,
     weights: tuple[float, float],
     t: int,
     allow_nonfinite: bool = False,
-    device: str = "cpu",
-) -> Pass:
+) -> Arrival:
     """Open the expert of an entry and match its tensors with the base's; its weight goes from weights[0] to [1].
 
     Raises:
@@ -258,7 +303,5 @@ def prepare(
     """
     expert = open_expert(entry, base)
     found = pair(base, expert, record.roles, entry.ignore)
-    where = checked_device(device)
     before, after = weights
-    sizes = abs(after) - abs(before)
-    return Pass(state, ledger, record, kind, base, expert, found, after - before, sizes, t, allow_nonfinite, where)
+    return Arrival(expert, found, after - before, abs(after) - abs(before), t, allow_nonfinite)

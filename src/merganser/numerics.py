@@ -99,7 +99,7 @@ def gram_of_rows(x: Tensor) -> Tensor:
     tensor([[5., 2.],
             [2., 1.]])
     """
-    m, block = x.shape[0], max(64, -(-x.shape[0] // 6))
+    m, block = x.shape[0], max(64, -(-x.shape[0] // 8))
     g = x.new_empty(m, m)
     for start in range(0, m, block):
         stop = min(m, start + block)

@@ -53,7 +53,7 @@ def opcm(
         raise ParameterError(f"alpha is {alpha}; it is a share of the nuclear norm, in [0, 1]")
     if diagonal not in ("drop", "keep"):
         raise ParameterError(f'diagonal is {diagonal!r}; it is "drop" or "keep"')
-    if not merged.any():
+    if merged.numel() == 0:
         return d.clone()
     if merged.shape[0] > merged.shape[1]:
         tall: Tensor = opcm(merged.T, d.T, alpha=alpha, diagonal=diagonal)
@@ -67,17 +67,21 @@ def opcm(
         squares, U = torch.linalg.eigh(gram_of_rows(wide))
         s, U = squares.flip(0).clamp(min=0).sqrt(), U.flip(1)
         k, rank = _leading(s, alpha, tolerance)
-        strong = int((s > 0.01 * s[0]).sum())  # float32 is enough for their v_i, and twice as fast
-        left = (U / s).T
-        Vh = left[:strong].to(d.dtype) @ merged
+        strong = min(rank, int((s > 0.01 * s[0]).sum()))  # float32 is enough for their v_i, and twice as fast
+        left, Vh = (U[:, :rank] / s[:rank]).T, merged.new_empty(rank, merged.shape[1])
+        torch.mm(left[:strong].to(d.dtype), merged, out=Vh[:strong])
         if strong < rank:
-            Vh = torch.cat([Vh, (left[strong:rank] @ wide).to(d.dtype)])
+            Vh[strong:] = left[strong:] @ wide
+        del wide, left
         U = U.to(d.dtype)
-    seen = d @ Vh[:rank].T
-    kept = U[:, :k] @ (U[:, :k].T @ seen[:, :k])
+    if rank == 0:  # nothing merged so far
+        return d + merged
+    kept = d @ Vh[:rank].T  # d V; from here on, in place, U E
+    kept[:, :k] = U[:, :k] @ (U[:, :k].T @ kept[:, :k])
     if diagonal == "drop":
-        kept = torch.cat([kept, U[:, k:rank] * (U[:, k:rank] * seen[:, k:]).sum(0)], 1)
-    return torch.addmm(d, kept, Vh[: kept.shape[1]], alpha=-1).add_(merged)
+        kept[:, k:] = U[:, k:rank] * (U[:, k:rank] * kept[:, k:]).sum(0)
+    used = rank if diagonal == "drop" else k
+    return torch.addmm(d, kept[:, :used], Vh[:used], alpha=-1).add_(merged)
 
 
 def _leading(s: Tensor, alpha: float, tolerance: float) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from merganser.cli.checkpoint import convert, inspect
 from merganser.cli.fold import app as fold_app
 from merganser.cli.methods import methods
+from merganser.cli.zoo import app as zoo_app
 from merganser.version import __version__
 
 
@@ -35,6 +36,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 a check found something wrong; 2 the input cannot be used, and nothing was changed.",
 )
 app.add_typer(fold_app, name="fold")
+app.add_typer(zoo_app, name="zoo")
 app.command()(methods)
 app.command()(inspect)
 app.command()(convert)

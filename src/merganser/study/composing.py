@@ -1,0 +1,171 @@
+"""Compose a study from the Hydra groups in `merganser/conf` and the words of a command line."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from merganser.errors import MerganserError, ParameterError
+from merganser.study.words import MethodNode, ModelPool, Node, StudyNode, TaskPool, Zoo
+
+N = TypeVar("N", bound=Node)
+
+CONF = Path(str(files("merganser"))) / "conf"
+GROUPS = ("method", "modelpool", "taskpool", "study", "zoo")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, ready to run.
+
+    Attributes:
+        study: what is compared.
+        methods: by name, in order.
+        models: the pool of models.
+        tasks: the pool of tasks, those that have a model, in the order of the pool of models.
+    """
+
+    study: StudyNode
+    methods: dict[str, MethodNode]
+    models: ModelPool
+    tasks: TaskPool
+
+
+def names_in(group: str, extra: Path | None = None) -> list[str]:
+    """Names that a group offers."""
+    places = [CONF / group, *([extra / group] if extra else [])]
+    return sorted({p.stem for place in places for p in place.glob("*.yaml")})
+
+
+def plan_of(words: Sequence[str], *, extra: Path | None = None) -> Plan:
+    """The study that overrides such as `study=vision8` or `method=opcm modelpool=... taskpool=... seed=0` mean.
+
+    Args:
+        words: overrides of Hydra, without sweeps.
+        extra: a folder of groups of one's own, searched too.
+
+    Raises:
+        ParameterError: If a group, name or key is unknown, a value is of the wrong kind, or pools do not fit.
+    """
+    content = _compose(words, extra)
+    models, tasks = _node(ModelPool, content, "modelpool"), _node(TaskPool, content, "taskpool")
+    if lacking := [name for name in models.models if name not in tasks.tasks]:
+        raise ParameterError(
+            f"modelpool {models.name} has a model for {lacking[0]}, and taskpool {tasks.name} no such task",
+            f"its tasks: {', '.join(tasks.tasks)}",
+        )
+    if content.get("study"):
+        study = _node(StudyNode, content, "study")
+        if content.get("seed") is not None:
+            study = study.model_copy(update={"seeds": (int(content["seed"]),)})
+        methods = {name: _method(name, words, extra) for name in study.methods}
+    else:
+        name = next((w.partition("=")[2] for w in reversed(words) if w.startswith("method=")), "gram")
+        title = f"{name} on {models.name}"
+        seeds = (int(content["seed"] or 0),)
+        study = StudyNode(name=f"{name}-{models.name}", title=title, methods=(name,), seeds=seeds)
+        methods = {name: _node(MethodNode, content, "method")}
+    tasks = tasks.model_copy(update={"tasks": {name: tasks.tasks[name] for name in models.models}})
+    return Plan(study, methods, models, tasks)
+
+
+def _method(name: str, words: Sequence[str], extra: Path | None) -> MethodNode:
+    others = [w for w in words if not w.startswith("method")]
+    return _node(MethodNode, _compose([*others, f"method={name}"], extra), "method")
+
+
+def zoo_of(name: str, words: Sequence[str] = (), *, extra: Path | None = None) -> tuple[Zoo, TaskPool]:
+    """A zoo and its tasks.
+
+    Raises:
+        ParameterError: As for `plan_of`.
+    """
+    zoo = _node(Zoo, _compose([f"zoo={name}", *words], extra), "zoo")
+    return zoo, _node(TaskPool, _compose([f"taskpool={zoo.taskpool}"], extra), "taskpool")
+
+
+def expanded(words: Sequence[str]) -> list[list[str]]:
+    """Every combination of the choices in `a=1,2 b=x,y`, the last one changing fastest.
+
+    Raises:
+        ParameterError: If a word is no override.
+    """
+    choices = []
+    for word, override in zip(words, _parsed(words), strict=True):
+        if not override.is_sweep_override():
+            choices.append([word])
+            continue
+        values = override.sweep_string_iterator()
+        choices.append([f"{override.get_key_element()}={value}" for value in values])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _parsed(words: Sequence[str]) -> list[Any]:
+    try:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import OverrideParseException
+    except ImportError as error:
+        raise MerganserError("studies need hydra", 'pip install "merganser[study]"') from error
+    try:
+        return list(OverridesParser.create().parse_overrides(list(words)))
+    except OverrideParseException as error:
+        raise ParameterError(f"{error.override!r} is no override: {error}", "as in study=vision8 or seed=0") from error
+
+
+def _compose(words: Sequence[str], extra: Path | None) -> dict[str, Any]:
+    overrides = _parsed(words)
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for word, override in zip(words, overrides, strict=True):
+        if override.is_sweep_override():
+            raise ParameterError(f"{word} has several values", "merganser study -m runs every combination")
+        _check_name(override, extra)
+    path = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides=[*path, *words])
+        return {
+            key: OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            for key, node in ((key, composed.get(key)) for key in (*GROUPS, "seed"))
+        }
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ParameterError(f"the configuration cannot be composed: {error}") from error
+
+
+def _check_name(override: Any, extra: Path | None) -> None:
+    key = override.key_or_group
+    top = key.partition(".")[0]
+    if top not in (*GROUPS, "seed", "zoo_folder"):
+        near = get_close_matches(top, GROUPS, n=1)
+        raise ParameterError(
+            f"there is no group {top!r}", f"did you mean {near[0]}?" if near else f"groups: {', '.join(GROUPS)}"
+        )
+    if key in GROUPS and isinstance(value := override.value(), str) and value not in (known := names_in(key, extra)):
+        near = get_close_matches(value, known, n=1)
+        raise ParameterError(
+            f"there is no {key} {value!r}", f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        )
+
+
+def _node(kind: type[N], content: Mapping[str, Any], group: str) -> N:
+    if not content.get(group):
+        raise ParameterError(f"no {group} is chosen", f"{group}=NAME, with one of {', '.join(names_in(group))}")
+    try:
+        return kind.model_validate(content[group])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, (group, *first["loc"])))
+        known = list(kind.model_fields)
+        near = get_close_matches(str(first["loc"][-1]), known, n=1) if first["loc"] else []
+        hint = f"did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else None
+        raise ParameterError(f"{place}: {first['msg']} ({first['input']!r})", hint) from error

@@ -1,0 +1,147 @@
+"""A zoo: the base and the experts of a study, trained from data, as ordinary checkpoint folders.
+
+    ZOO/base                what all experts are tuned from (unless the study starts from a base that is there already)
+    ZOO/experts/TASK        one expert a task
+
+A folder that is there is done; what an interrupted run left unfinished goes on from its last epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merganser.checkpoints import open_source
+from merganser.checkpoints.writer import RECEIPT_NAME, CheckpointWriter
+from merganser.errors import StateError
+from merganser.numerics import DTYPE_NAMES
+from merganser.study.data import Examples, load_examples
+from merganser.study.heads import make_head
+from merganser.study.networks import Encoder, load_encoder, new_encoder, resolve
+from merganser.study.training import Lesson, Progress, train
+from merganser.study.words import Task, TaskPool, Training, Zoo
+from merganser.types import TensorInfo
+from merganser.version import __version__
+
+#: Gives a progress callback for a piece of work of that name.
+Bar = Callable[[str], AbstractContextManager[Progress | None]]
+
+
+def base_of(zoo: Zoo, folder: Path) -> Path:
+    """Where the base of a zoo is."""
+    return Path(resolve(zoo.start)) if zoo.start is not None else folder / "base"
+
+
+def missing(zoo: Zoo, tasks: TaskPool, folder: Path) -> list[str]:
+    """What of a zoo is not there yet."""
+    wanted = {"base": base_of(zoo, folder)} | {task: folder / "experts" / task for task in tasks.tasks}
+    return [name for name, place in wanted.items() if not (place / "config.json").is_file()]
+
+
+def train_zoo(
+    zoo: Zoo, tasks: TaskPool, folder: Path, *, data: Path | None, seed: int = 0, device: str = "cpu", bar: Bar
+) -> None:
+    """Train what is not there yet.
+
+    Args:
+        zoo: how.
+        tasks: one expert each.
+        folder: of the zoo.
+        data: folder of packed data sets.
+        seed: of weights, order and augmentation.
+        device: where to train.
+        bar: for the progress of one model.
+
+    Raises:
+        StateError: If the folder holds another zoo.
+        MerganserError: If data are missing, or tasks and network do not fit.
+    """
+    _claim(folder, zoo, seed)
+    base = base_of(zoo, folder)
+    if zoo.pretraining is not None and not (base / "config.json").is_file():
+        assert zoo.network is not None
+        training = zoo.pretraining.training
+        lessons = {name: _lesson(name, task, data, training.items) for name, task in zoo.pretraining.tasks.items()}
+        for name in zoo.pretraining.little:
+            lessons[f"little {name}"] = _lesson(name, tasks.tasks[name], data, zoo.pretraining.little_items)
+        torch.manual_seed(seed)
+        encoder = new_encoder(zoo.network)
+        _make(encoder, lessons, training, base, None, seed=seed, device=device, bar=bar)
+    for name, task in tasks.tasks.items():
+        target = folder / "experts" / name
+        if not (target / "config.json").is_file():
+            lesson = _lesson(name, task, data, zoo.finetuning.items)
+            _make(load_encoder(base), {name: lesson}, zoo.finetuning, target, base, seed=seed, device=device, bar=bar)
+
+
+def _claim(folder: Path, zoo: Zoo, seed: int) -> None:
+    """Write down what this zoo is; refuse to mix two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, content = folder / "zoo.json", {"seed": seed, **zoo.model_dump(mode="json")}
+    if path.is_file() and json.loads(path.read_text("utf-8")) != content:
+        raise StateError(f"{folder} holds a zoo of other settings", "name another folder with --zoo, or remove it")
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+
+def _lesson(name: str, task: Task, data: Path | None, items: int | None) -> Lesson:
+    examples = load_examples(name, task, "train", data)
+    if items is not None:
+        examples = examples.first(items)
+    return Lesson(examples, make_head(name, task, examples.classes))
+
+
+def _make(
+    encoder: Encoder,
+    lessons: Mapping[str, Lesson],
+    training: Training,
+    target: Path,
+    base: Path | None,
+    *,
+    seed: int,
+    device: str,
+    bar: Bar,
+) -> None:
+    keep = target.parent / f".training-{target.name}" / "run.pt"
+    began = time.perf_counter()
+    with bar(target.name) as progress:
+        losses = train(encoder, lessons, training, seed=seed, keep=keep, device=device, progress=progress)
+    receipt = {
+        "merganser": __version__,
+        "torch": torch.__version__,
+        "seed": seed,
+        "training": training.model_dump(mode="json"),
+        "tasks": {name: _described(lesson.examples) for name, lesson in lessons.items()},
+        "losses": [round(loss, 6) for loss in losses],
+        "wall_s": round(time.perf_counter() - began, 1),
+    }
+    save_encoder(encoder, target, receipt, base)
+    shutil.rmtree(keep.parent)
+
+
+def _described(examples: Examples) -> dict[str, Any]:
+    return {"n": len(examples), "classes": len(examples.classes), "digest": examples.digest}
+
+
+def save_encoder(encoder: Encoder, target: Path, receipt: Mapping[str, Any], base: Path | None) -> None:
+    """Write a network as a checkpoint folder; what only the base has (tensors, tokenizer) is taken from there."""
+    network = getattr(encoder, "model", encoder)
+    tensors = {n: x.detach().cpu() for n, x in network.state_dict().items()}
+    companions: list[Path] = []
+    if base is not None:
+        source = open_source(base)
+        tensors |= {n: source.read(n) for n in source.infos if n not in tensors}
+        companions = [p for p in source.companions() if p.name not in ("config.json", RECEIPT_NAME)]
+    infos = {n: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for n, x in tensors.items()}
+    with CheckpointWriter(target, infos) as writer:
+        for name, x in tensors.items():
+            writer.put(name, x)
+        config = json.dumps(encoder.config(), indent=2) + "\n"
+        (writer.folder / "config.json").write_text(config, "utf-8")
+        writer.commit(receipt, companions)

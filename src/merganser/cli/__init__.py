@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from merganser.cli.checkpoint import convert, inspect
 from merganser.cli.fold import app as fold_app
 from merganser.cli.methods import methods
+from merganser.cli.study import study
 from merganser.cli.zoo import app as zoo_app
 from merganser.version import __version__
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(fold_app, name="fold")
 app.add_typer(zoo_app, name="zoo")
+app.command()(study)
 app.command()(methods)
 app.command()(inspect)
 app.command()(convert)

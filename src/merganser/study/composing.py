@@ -81,6 +81,27 @@ def _method(name: str, words: Sequence[str], extra: Path | None) -> MethodNode:
     return _node(MethodNode, _compose([*others, f"method={name}"], extra), "method")
 
 
+def merged_plans(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans that differ in method or seed alone become one study; others stay apart."""
+    merged: list[Plan] = []
+    for plan in plans:
+        for i, other in enumerate(merged):
+            if (plan.models, plan.tasks) == (other.models, other.tasks) and all(
+                plan.methods[name] == other.methods[name] for name in plan.methods.keys() & other.methods.keys()
+            ):
+                methods = {**other.methods, **plan.methods}
+                seeds = tuple(dict.fromkeys((*other.study.seeds, *plan.study.seeds)))
+                changed: dict[str, Any] = {"methods": tuple(methods), "seeds": seeds}
+                if len(methods) > 1:
+                    changed |= {"name": plan.models.name, "title": f"{len(methods)} methods on {plan.models.name}"}
+                study = other.study if other.study == plan.study else other.study.model_copy(update=changed)
+                merged[i] = Plan(study, methods, plan.models, plan.tasks)
+                break
+        else:
+            merged.append(plan)
+    return merged
+
+
 def zoo_of(name: str, words: Sequence[str] = (), *, extra: Path | None = None) -> tuple[Zoo, TaskPool]:
     """A zoo and its tasks.
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +123,7 @@ def _npz(path: Path, split: str) -> Read:
             f"{path} is not a packed image set: {error}", "see docs/guides/studies.md for the layout"
         ) from error
     decode = _decoder()
-    return np.stack([decode(data[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]), labels, classes
+    return np.stack([decode(data[a:b]) for a, b in pairwise(offsets)]), labels, classes
 
 
 def _decoder(size: int | None = None) -> Callable[[bytes], npt.NDArray[np.uint8]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from merganser.checkpoints import open_source
 from merganser.errors import MerganserError, ParameterError
-from merganser.study.networks import load_encoder, resolve
+from merganser.study.networks import Encoder, load_encoder, resolve
 from merganser.study.words import ClipHead, LinearHead, PrototypeHead, Task
 
 #: Embeddings (n, width) to logits (n, classes).
@@ -61,10 +62,16 @@ def words_of(label: str) -> str:
 def text_prototypes(head: PrototypeHead, classes: tuple[str, ...]) -> Tensor:
     """The sentence encoder's embeddings of the class names in the template, shape (classes, width)."""
     _check_names("a head", head.names, classes)
-    encoder = load_encoder(Path(resolve(head.encoder or "")))
+    encoder = _text_encoder(resolve(head.encoder or ""))
     texts = tuple(head.template.format(head.names.get(c) or words_of(c)) for c in classes)
     with torch.no_grad():
         return torch.cat([encoder.embed(encoder.prepare((text,))) for text in texts])
+
+
+@lru_cache(maxsize=1)
+def _text_encoder(folder: str) -> Encoder:
+    """The same one serves the heads of all tasks."""
+    return load_encoder(Path(folder))
 
 
 def _check_names(where: str, names: dict[str, str], classes: tuple[str, ...]) -> None:

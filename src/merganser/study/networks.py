@@ -62,7 +62,8 @@ class _PixelEncoder(Encoder):
     def pixels(self, prepared: list[Any]) -> Tensor:
         """Values in [-1, 1], shape (n, image, image, 3)."""
         device = next(self.parameters()).device
-        return torch.stack(prepared).to(device).float() / 127.5 - 1
+        x: Tensor = torch.stack(prepared).to(device).float() / 127.5 - 1
+        return x
 
 
 class _Block(nn.Module):
@@ -77,10 +78,11 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend, then transform; x is (n, tokens, width)."""
-        y = self.norm1(x)
-        q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        z = self.norm1(x)
+        q, k, v = (f(z).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        y: Tensor = x + self.down(functional.gelu(self.up(self.norm2(x))))
+        return y
 
 
 class VisionTransformer(_PixelEncoder):
@@ -165,6 +167,7 @@ class SentenceEncoder(Encoder):
         self.width = self.model.config.hidden_size
 
     def prepare(self, items: Items) -> list[Any]:
+        """Token numbers, cut at `MAX_TOKENS`."""
         if not isinstance(items, tuple):
             raise ParameterError("this network reads texts, and the task has pictures")
         return list(self.tokenizer(list(items), truncation=True, max_length=MAX_TOKENS)["input_ids"])
@@ -199,6 +202,7 @@ class ClipVision(Encoder):
         self.width = config.projection_dim
 
     def prepare(self, items: Items) -> list[Any]:
+        """Pictures as they are."""
         if isinstance(items, tuple):
             raise ParameterError("this network reads pictures, and the task has texts")
         return list(items)

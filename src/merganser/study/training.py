@@ -123,7 +123,7 @@ def schedule(step: int, total: int) -> float:
 
 
 def augmented(items: list[Any], shift: int, flip: bool, generator: torch.Generator) -> list[Tensor]:
-    """Pictures moved by up to `shift` pixels each way, what comes in is the edge's colour; mirrored half of the time."""
+    """Pictures moved by up to `shift` pixels each way, the edges drawn out; half of them mirrored if `flip`."""
     x = torch.stack(items)
     n, height, width, _ = x.shape
     down, right = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)

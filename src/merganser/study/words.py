@@ -28,7 +28,7 @@ class PackedSource(Node):
 
 
 class DigitsSource(Node):
-    """scikit-learn's digits under a fixed shuffle of their patches of 2 x 2 pixels; `shuffle` 0 leaves them as they are."""
+    """scikit-learn's digits, their patches of 2 x 2 pixels in a fixed order; `shuffle` 0 leaves them where they are."""
 
     kind: Literal["digits"]
     shuffle: Annotated[int, Field(ge=0)] = 0
@@ -151,6 +151,7 @@ class ModelPool(Node):
         base: reference of the base.
         models: references by the name of the task that each was tuned on.
         zoo: name in the group `zoo` that trains these models, where there is one.
+        zoo_folder: where that zoo is.
         freeze: patterns of tensors of the base that stay as they are.
         ignore: patterns of tensors that no expert has or is asked for.
         needs: what a machine must have or reach, in one line.
@@ -160,6 +161,7 @@ class ModelPool(Node):
     base: str
     models: Annotated[dict[str, str], Field(min_length=1)]
     zoo: str | None = None
+    zoo_folder: str | None = None
     freeze: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     needs: str | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import torch
 
 from merganser.checkpoints import open_source
 from merganser.checkpoints.writer import RECEIPT_NAME, CheckpointWriter
-from merganser.errors import StateError
+from merganser.errors import ParameterError, StateError
 from merganser.numerics import DTYPE_NAMES
+from merganser.study.composing import Plan, zoo_of
 from merganser.study.data import Examples, load_examples
 from merganser.study.heads import make_head
 from merganser.study.networks import Encoder, load_encoder, new_encoder, resolve
@@ -45,8 +46,33 @@ def missing(zoo: Zoo, tasks: TaskPool, folder: Path) -> list[str]:
     return [name for name, place in wanted.items() if not (place / "config.json").is_file()]
 
 
+def train_needed(plan: Plan, *, data: Path | None, device: str, bar: Bar, extra: Path | None = None) -> None:
+    """Train what a study needs and its zoo lacks; nothing where the pool has no zoo.
+
+    Raises:
+        MerganserError: As for `train_zoo`.
+    """
+    if plan.models.zoo is None:
+        return
+    zoo, tasks = zoo_of(plan.models.zoo, extra=extra)
+    wanted = tasks.model_copy(update={"tasks": {n: t for n, t in tasks.tasks.items() if n in plan.models.models}})
+    if plan.models.zoo_folder is None:
+        raise ParameterError(f"modelpool {plan.models.name} names a zoo and no zoo_folder")
+    folder = Path(plan.models.zoo_folder)
+    if missing(zoo, wanted, folder):
+        train_zoo(zoo, tasks, folder, data=data, device=device, bar=bar, only=list(wanted.tasks))
+
+
 def train_zoo(
-    zoo: Zoo, tasks: TaskPool, folder: Path, *, data: Path | None, seed: int = 0, device: str = "cpu", bar: Bar
+    zoo: Zoo,
+    tasks: TaskPool,
+    folder: Path,
+    *,
+    data: Path | None,
+    seed: int = 0,
+    device: str = "cpu",
+    bar: Bar,
+    only: Sequence[str] | None = None,
 ) -> None:
     """Train what is not there yet.
 
@@ -58,6 +84,7 @@ def train_zoo(
         seed: of weights, order and augmentation.
         device: where to train.
         bar: for the progress of one model.
+        only: experts of these tasks; by default of all.
 
     Raises:
         StateError: If the folder holds another zoo.
@@ -74,7 +101,8 @@ def train_zoo(
         torch.manual_seed(seed)
         encoder = new_encoder(zoo.network)
         _make(encoder, lessons, training, base, None, seed=seed, device=device, bar=bar)
-    for name, task in tasks.tasks.items():
+    for name in only if only is not None else tasks.tasks:
+        task = tasks.tasks[name]
         target = folder / "experts" / name
         if not (target / "config.json").is_file():
             lesson = _lesson(name, task, data, zoo.finetuning.items)

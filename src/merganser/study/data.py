@@ -231,13 +231,19 @@ def _hub(source: HubSource, split: str, data: Path | None) -> Read:
         raise RefError(
             f"data set {source.path} cannot be loaded: {error}", "it needs the hub, or a cached copy"
         ) from error
+    for column in (source.item, source.label):
+        if column not in table.features:
+            raise ParameterError(f"{source.path} has no column {column!r}", f"it has {', '.join(table.features)}")
     label = table.features[source.label]
     labels = np.array(table[source.label], dtype=np.int64)
     classes = tuple(getattr(label, "names", None) or map(str, range(int(labels.max()) + 1)))
-    column = table[source.item]
-    if len(labels) and isinstance(column[0], str):
-        return tuple(column), labels, classes
-    return np.stack([_square(picture, source.size) for picture in column]), labels, classes
+    items = table[source.item]
+    if len(labels) and isinstance(items[0], str):
+        return tuple(items), labels, classes
+    pictures = np.empty((len(labels), source.size, source.size, 3), np.uint8)  # filled in place: they may be large
+    for i, picture in enumerate(items):
+        pictures[i] = _square(picture, source.size)
+    return pictures, labels, classes
 
 
 READERS: dict[type, Callable[[Any, str, Path | None], Read]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from merganser.checkpoints import open_source
-from merganser.errors import MerganserError, ParameterError
+from merganser.errors import MerganserError, MissingTensorError, ParameterError
 from merganser.study.networks import Encoder, load_encoder, resolve
 from merganser.study.words import ClipHead, LinearHead, PrototypeHead, Task
 
@@ -39,7 +39,7 @@ def make_head(name: str, task: Task, classes: tuple[str, ...], expert: Path | No
     if isinstance(head, ClipHead):
         prototypes, scale = _clip_prototypes(head, classes)
     elif head.file is not None:
-        prototypes, scale = open_source(Path(head.file)).read("prototypes").float(), head.scale
+        prototypes, scale = _read(Path(head.file), "prototypes"), head.scale
     else:
         assert head.encoder is not None
         prototypes, scale = text_prototypes(head, classes), head.scale
@@ -84,15 +84,21 @@ def _check_names(where: str, names: dict[str, str], classes: tuple[str, ...]) ->
 def _linear(name: str, head: LinearHead, count: int, expert: Path | None) -> HeadFunction:
     beside = expert / head.file if expert is not None else None
     path = beside if beside is not None and beside.is_file() else Path(head.file)
-    source = open_source(path)
-    weight, bias = source.read("weight").float(), source.read("bias").float()
+    weight, bias = _read(path, "weight"), _read(path, "bias")
     if len(weight) != count:
         raise ParameterError(f"{name} has {count} classes, and the head {path} {len(weight)}")
     return lambda x: functional.linear(x, weight.to(x.device), bias.to(x.device))
 
 
+def _read(path: Path, name: str) -> Tensor:
+    source = open_source(path)
+    if name not in source.infos:
+        raise MissingTensorError(f"{path} holds no tensor {name}, which a head needs")
+    return source.read(name).float()
+
+
 def _clip_prototypes(head: ClipHead, classes: tuple[str, ...]) -> tuple[Tensor, float]:
-    """CLIP's own text embeddings and temperature."""
+    """CLIP's own text embeddings, summed over templates, and its temperature."""
     _check_names("a head", head.names, classes)
     try:
         import transformers
@@ -103,8 +109,12 @@ def _clip_prototypes(head: ClipHead, classes: tuple[str, ...]) -> tuple[Tensor, 
         tokenizer = transformers.AutoTokenizer.from_pretrained(head.model.removeprefix("hf:"))
     except (OSError, ValueError) as error:
         raise MerganserError(f"{head.model} cannot be loaded", "it needs the hub, or name a local folder") from error
-    texts = [head.template.format(head.names.get(c) or words_of(c)) for c in classes]
+    templates = (head.template,) if isinstance(head.template, str) else head.template
+    names = [head.names.get(c) or c.replace("_", " ") for c in classes]
+    summed = torch.zeros(())
     with torch.no_grad():
-        found = model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt"))
-        features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
-        return features, float(model.logit_scale.exp())
+        for template in templates:
+            texts = [template.format(name) for name in names]
+            found = model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt"))
+            summed = summed + functional.normalize(found if isinstance(found, Tensor) else found.pooler_output, dim=1)
+        return summed, float(model.logit_scale.exp())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from merganser.checkpoints import open_source
-from merganser.errors import MerganserError, ParameterError, RefError
+from merganser.checkpoints.hub import snapshot
+from merganser.errors import MerganserError, MissingTensorError, ParameterError, RefError
 from merganser.study.data import Items
 
 #: Longest text in tokens; the rest is cut off.
@@ -242,17 +243,17 @@ def new_encoder(network: Mapping[str, Any]) -> Encoder:
         raise ParameterError(f"network {dict(network)}: {error}") from error
 
 
-def load_encoder(folder: Path, *, tensors: Path | None = None) -> Encoder:
+def load_encoder(folder: Path, *, expert: Path | None = None) -> Encoder:
     """The encoder of a checkpoint folder, in evaluation mode.
 
     Args:
         folder: with `config.json`, and the tokenizer or processor where the network needs one.
-        tensors: where the weights are, if not in `folder`.
+        expert: a folder whose tensors replace those of the same name; it may hold a part of the network alone.
 
     Raises:
         RefError: If the folder has no configuration.
         ParameterError: If no network here is of its type.
-        MerganserError: If tensors are missing.
+        MissingTensorError: If tensors are missing, or the expert has none of the network's.
     """
     path = folder / "config.json"
     try:
@@ -271,20 +272,24 @@ def load_encoder(folder: Path, *, tensors: Path | None = None) -> Encoder:
         raise ParameterError(
             f"{folder} is a {kind}; a study can run merganser-vit, merganser-mlp, BERT-like and CLIP vision networks"
         )
-    _fill(encoder, tensors or folder)
+    network = getattr(encoder, "model", encoder)
+    wanted = network.state_dict()
+    found = _tensors(folder, wanted) | (_tensors(expert, wanted) if expert is not None else {})
+    missing = [name for name in wanted if name not in found and not name.endswith(("position_ids", "token_type_ids"))]
+    if missing:
+        raise MissingTensorError(f"{folder} lacks {missing[0]} and {len(missing) - 1} other tensors of its network")
+    network.load_state_dict(found, strict=False)
     return encoder.eval()
 
 
-def _fill(encoder: Encoder, folder: Path) -> None:
-    """Load the weights by name; what the network has and the folder lacks is an error."""
+def _tensors(folder: Path, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """Those tensors of a folder that a network wants, by its names."""
     source = open_source(folder)
-    network = getattr(encoder, "model", encoder)
-    wanted = network.state_dict()
-    found = {name: name for name in source.infos} | dict(source.aliases)
-    missing = [name for name in wanted if name not in found and not name.endswith(("position_ids", "token_type_ids"))]
-    if missing:
-        raise MerganserError(f"{folder} lacks {missing[0]} and {len(missing) - 1} other tensors of its network")
-    network.load_state_dict({n: source.read(found[n]) for n in wanted if n in found}, strict=False)
+    stored = {name: name for name in source.infos} | dict(source.aliases)
+    found = {name: source.read(stored[name]) for name in wanted if name in stored}
+    if not found:
+        raise MissingTensorError(f"{folder} has no tensor of this network")
+    return found
 
 
 def _transformers() -> Any:
@@ -311,3 +316,16 @@ def resolve(ref: str) -> str:
     if not folder.is_dir():
         raise RefError(f"{ref}: the package has no folder {inside}")
     return str(folder)
+
+
+def folder_of(ref: str) -> Path:
+    """The local folder of a reference; a hub repository is fetched into the cache.
+
+    Raises:
+        RefError: If it cannot be had.
+    """
+    path = resolve(ref)
+    if not path.startswith("hf:"):
+        return Path(path)
+    name, _, revision = path.removeprefix("hf:").partition("@")
+    return snapshot(name, revision or None)

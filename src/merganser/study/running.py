@@ -34,7 +34,7 @@ from merganser.study.composing import Plan
 from merganser.study.data import load_examples
 from merganser.study.heads import make_head
 from merganser.study.judge import Paper, Progress, Score
-from merganser.study.networks import Encoder, load_encoder, resolve
+from merganser.study.networks import Encoder, folder_of, load_encoder, resolve
 from merganser.study.words import MethodNode
 from merganser.version import __version__
 
@@ -109,7 +109,7 @@ class Study:
     def _read_tasks(self) -> None:
         for name, task in self.plan.tasks.tasks.items():
             examples = load_examples(name, task, self.plan.study.split, self.data)
-            expert = Path(resolve(self.plan.models.models[name]))
+            expert = folder_of(self.plan.models.models[name])
             self.papers[name] = Paper(examples, make_head(name, task, examples.classes, expert), task.metric)
 
     def _controls(self) -> None:
@@ -118,17 +118,14 @@ class Study:
         with self.bar("controls") as progress:
             tasks = list(self.papers)
             for i, task in enumerate(tasks):
-                for kind, ref in (("zero_shot", self.plan.models.base), ("experts", self.plan.models.models[task])):
+                for kind, expert in (("zero_shot", None), ("experts", folder_of(self.plan.models.models[task]))):
                     rows = found.setdefault(kind, {})
                     if task not in rows:
-                        encoder = self._load(Path(_local(ref)))
+                        encoder = load_encoder(folder_of(self.plan.models.base), expert=expert).to(self.device)
                         rows[task] = self._judge(encoder, task).record()
                         _write(path, found)
                 if progress is not None:
                     progress(i + 1, len(tasks))
-
-    def _load(self, folder: Path) -> Encoder:
-        return load_encoder(folder).to(self.device)
 
     def _judge(self, encoder: Encoder, task: str, count: int | None = None) -> Score:
         return self.papers[task].judge(encoder, count=count, bfloat16=self.bfloat16)
@@ -185,7 +182,7 @@ class Study:
         sums = isinstance(find_method(node.method), Sums)
         fold.export(merged, node.method if sums else None, overwrite=True, **(node.settings if sums else {}))
         export_s = time.perf_counter() - began
-        encoder = self._load(merged)
+        encoder = load_encoder(merged).to(self.device)
         scores = {}
         for task in self.papers:
             whole = t == len(order) or task == order[t - 1]

@@ -109,11 +109,11 @@ class LinearHead(Node):
 
 
 class ClipHead(Node):
-    """CLIP's zero-shot head: its text tower's embeddings of the class names in a template."""
+    """CLIP's zero-shot head: its text tower's embeddings of the class names in a template, or the mean over several."""
 
     kind: Literal["clip"]
     model: str
-    template: str = "a photo of a {}."
+    template: str | Annotated[tuple[str, ...], Field(min_length=1)] = "a photo of a {}."
     names: dict[str, str] = {}
 
 

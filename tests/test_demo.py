@@ -9,76 +9,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
 from commands import CommandError, Shell
-from model import DigitReader, Sizes, accuracy_percent, load, save
-from removal import largest_difference
-from tasks import TASKS, patch_order, plain_digits, seen_by
-from train import Training, is_trained
+from removal import EXPERTS, largest_difference
 
-SMALL = Sizes(width=16, blocks=1, text_width=8)
+from merganser.study.composing import plan_of
 
 
-@pytest.fixture(scope="module")
-def splits():
-    return plain_digits()
-
-
-def test_the_split_is_fixed_and_covers_every_image_once(splits) -> None:
-    train, test = splits
-    assert (len(train.images), len(test.images)) == (1200, 597)
-    again, _ = plain_digits()
-    assert torch.equal(train.images, again.images)
-    assert torch.equal(train.digits, again.digits)
-    assert float(train.images.max()) == 1.0
-
-
-def test_each_task_is_the_same_every_time_and_unlike_the_others() -> None:
-    orders = [tuple(patch_order(task).tolist()) for task in ("plain", *TASKS)]
-    assert orders == [tuple(patch_order(task).tolist()) for task in ("plain", *TASKS)]
-    assert all(sorted(order) == list(range(16)) for order in orders)
-    assert len(set(orders)) == 9
-
-
-def test_the_plain_order_changes_nothing(splits) -> None:
-    assert torch.equal(seen_by("plain", splits[1]).images, splits[1].images)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_a_task_moves_whole_patches(task, splits) -> None:
-    image, moved = splits[1].images[0], seen_by(task, splits[1]).images[0]
-    for place, source in enumerate(patch_order(task).tolist()):
-        row, column = 2 * (place // 4), 2 * (place % 4)
-        top, left = 2 * (source // 4), 2 * (source % 4)
-        assert torch.equal(moved[row : row + 2, column : column + 2], image[top : top + 2, left : left + 2])
-
-
-def test_a_saved_network_loads_with_the_same_outputs(tmp_path, splits) -> None:
-    torch.manual_seed(0)
-    model = DigitReader(SMALL).eval()
-    save(model, tmp_path / "one")
-    again = load(tmp_path / "one")
-    images = splits[1].images[:32]
-    with torch.no_grad():
-        assert torch.equal(again(images), model(images))
-
-
-def test_the_head_is_saved_and_never_trained() -> None:
-    model = DigitReader(SMALL)
-    assert "prototypes" in model.state_dict()
-    assert "prototypes" not in dict(model.named_parameters())
-    assert torch.equal(model.prototypes, DigitReader(SMALL).prototypes)
-
-
-def test_accuracy_counts_right_answers_in_percent() -> None:
-    answers = torch.nn.functional.one_hot(torch.tensor([1, 2, 3, 4]), 10).float()
-    assert accuracy_percent(lambda images: images, answers, torch.tensor([1, 2, 3, 9])) == 75.0
-
-
-def test_a_checkpoint_is_reused_only_for_the_settings_that_made_it(tmp_path) -> None:
-    assert not is_trained(tmp_path, "a")
-    save(DigitReader(SMALL), tmp_path, training="a")
-    assert is_trained(tmp_path, "a")
-    assert not is_trained(tmp_path, "b")
-    assert Training().key == Training().key != Training(handful=16).key
+def test_the_demo_removes_an_expert_that_its_study_has() -> None:
+    assert tuple(plan_of(["study=digits8"]).models.models) == EXPERTS
 
 
 def test_the_largest_difference_is_relative_to_each_tensor() -> None:

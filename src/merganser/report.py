@@ -10,7 +10,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +134,10 @@ def matrix_png(
             red, green, blue = image.to_rgba(np.array([value]))[0, :3]
             color = "white" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.2 else INK
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9.5, color=color)
-    axes.set_xticks(range(columns), labels=list(column_labels), fontsize=9.5)
+    slant: dict[str, Any] = (
+        {"rotation": 40, "ha": "left", "rotation_mode": "anchor"} if max(map(len, column_labels)) > 4 else {}
+    )
+    axes.set_xticks(range(columns), labels=list(column_labels), fontsize=9.5, **slant)
     axes.set_yticks(range(rows), labels=list(row_labels), fontsize=9.5)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
@@ -149,6 +152,43 @@ def matrix_png(
         axes.plot(np.array(x) - 0.5, np.array(y) - 0.5, color=INK, linewidth=2, solid_joinstyle="miter")
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(rows - 0.5, -0.5)
+    figure.tight_layout(pad=0.4)
+    return _png(figure)
+
+
+def layers_png(
+    values: Mapping[str, Sequence[float]], *, x_label: str = "linear weights, from input to output", y_label: str = ""
+) -> bytes:
+    """Draw one line a quantity over the layers of a network.
+
+    Args:
+        values: for each quantity its value in every layer; at most seven quantities, all of one length.
+        x_label: what the horizontal axis counts.
+        y_label: what the vertical axis measures.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ParameterError: If there is nothing to draw, too much, or lengths differ.
+        MerganserError: If matplotlib is not installed.
+    """
+    lengths = {len(line) for line in values.values()}
+    if len(lengths) != 1 or 0 in lengths or len(values) > len(PALETTE):
+        raise ParameterError(f"layers need 1 to {len(PALETTE)} lines of one length; got lengths {sorted(lengths)}")
+    figure = _figure(6.2, 3.0)
+    axes = figure.add_subplot()
+    for (name, line), color, marker in zip(values.items(), PALETTE, MARKERS, strict=False):
+        steps = range(1, len(line) + 1)
+        axes.plot(steps, line, color=color, marker=marker, markersize=4, linewidth=1.4, label=name)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.tick_params(color=RULE, labelcolor=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, 1.2), ncols=len(values))
     figure.tight_layout(pad=0.4)
     return _png(figure)
 

@@ -34,7 +34,7 @@ def test_a_packed_set_without_a_data_folder_is_refused_with_the_option_that_name
 
 
 def test_a_data_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RefError, match="nowhere holds neither mnist.npz nor text/mnist.parquet") as caught:
+    with pytest.raises(RefError, match=r"nowhere holds neither mnist\.npz nor text/mnist\.parquet") as caught:
         load_examples("digits", packed("mnist"), "test", tmp_path / "nowhere")
     assert "--data DIR" in (caught.value.hint or "")
 

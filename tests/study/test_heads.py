@@ -113,7 +113,7 @@ def test_several_templates_of_a_clip_head_are_averaged_as_unit_vectors(tmp_path:
     templates = ("a photo of {} .", "good {}")
     head = make_head("t", with_head(kind="clip", model=str(tmp_path), template=templates), ("cat", "dog"))
     alone = [make_head("t", with_head(kind="clip", model=str(tmp_path), template=t), ("cat", "dog")) for t in templates]
-    scale = float(model.logit_scale.exp())
+    scale = float(model.logit_scale.detach().exp())
     rows = [(h(torch.eye(6)) / scale).T.double().numpy() for h in alone]  # unit vectors, one a class
     mean = (rows[0] + rows[1]) / 2
     expected = scale * mean / np.linalg.norm(mean, axis=1, keepdims=True)

@@ -194,12 +194,26 @@ def test_config_and_tensors_make_the_same_network_again(tmp_path: Path, network:
     assert torch.equal(embedded(again, items), embedded(encoder, items))
 
 
-def test_tensors_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_an_experts_tensors_replace_those_of_its_base(tmp_path: Path) -> None:
     tiny_bert(tmp_path / "base", seed=0)
-    model = tiny_bert(tmp_path / "merged", seed=1)
-    encoder = load_encoder(tmp_path / "base", tensors=tmp_path / "merged")
+    model = tiny_bert(tmp_path / "expert", seed=1)
+    (tmp_path / "expert" / "config.json").unlink()
+    encoder = load_encoder(tmp_path / "base", expert=tmp_path / "expert")
     texts = ("a cat", "good dog")
     assert torch.allclose(embedded(encoder, texts), mean_over_tokens(tmp_path / "base", texts, model), atol=1e-5)
+
+
+def test_what_an_expert_lacks_is_the_bases(tmp_path: Path) -> None:
+    model, items = tiny_clip(tmp_path / "base"), pictures(3, 8)
+    expert = {f"vision_model.{name}": x + 0.1 for name, x in model.vision_model.state_dict().items()}
+    (tmp_path / "expert").mkdir()
+    save_file(expert, tmp_path / "expert" / "model.safetensors")
+    encoder = load_encoder(tmp_path / "base", expert=tmp_path / "expert")
+    model.load_state_dict(model.state_dict() | expert)
+    both = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "base")(images=list(items), return_tensors="pt")
+    with torch.no_grad():
+        expected = model.visual_projection(model.vision_model(**both).pooler_output)
+    assert torch.allclose(embedded(encoder, items), expected, atol=1e-5)
 
 
 def test_a_loaded_network_is_in_evaluation_mode(tmp_path: Path) -> None:

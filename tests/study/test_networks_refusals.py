@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import saved_model, tiny_bert, tiny_clip, vision_sizes
 
-from merganser.errors import MerganserError, ParameterError, RefError
+from merganser.errors import MerganserError, MissingTensorError, ParameterError, RefError
 from merganser.study.networks import load_encoder, new_encoder, resolve
 
 VIT = {"kind": "vit", "image": 6, "patch": 3, "hidden": 8, "depth": 1, "heads": 2, "width": 5}
@@ -109,9 +109,17 @@ def test_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["blocks.0.q.weight"], tensors["norm.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(MerganserError, match=r"lacks blocks\.0\.q\.weight and 1 other tensors") as caught:
+    with pytest.raises(MissingTensorError, match=r"lacks blocks\.0\.q\.weight and 1 other tensors") as caught:
         load_encoder(tmp_path)
     assert str(tmp_path) in caught.value.message
+
+
+def test_an_expert_of_another_network_is_refused_by_folder(tmp_path: Path) -> None:
+    write_vit(tmp_path / "base")
+    (tmp_path / "expert").mkdir()
+    save_file({"other": torch.ones(2)}, tmp_path / "expert" / "model.safetensors")
+    with pytest.raises(MissingTensorError, match="expert has no tensor of this network"):
+        load_encoder(tmp_path / "base", expert=tmp_path / "expert")
 
 
 def test_tensors_of_other_shapes_than_the_configuration_says_are_refused_by_name(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ TEXTS = Examples(
 )
 
 
-class Stopped(Exception):
+class StopError(Exception):
     pass
 
 
@@ -90,7 +90,7 @@ def read_texts(base: Path, keep: Path, *, stop: int | None = None, seed: int = 0
 
     def progress(done: int, total: int) -> None:
         if done == stop:
-            raise Stopped
+            raise StopError
 
     encoder = load_encoder(base)
     lesson = Lesson(TEXTS, lambda z: z[:, :2])
@@ -116,11 +116,13 @@ def test_an_interrupted_network_with_dropout_gives_the_same_bits(tmp_path: Path,
     torch.manual_seed(1)
     one = read_texts(base, tmp_path / "one.pt")
     torch.manual_seed(1)
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         read_texts(base, tmp_path / "two.pt", stop=3)
     assert_same_bits(one, read_texts(base, tmp_path / "two.pt"))
 
 
 def test_another_seed_gives_other_bits(tmp_path: Path, base: Path) -> None:
     one, two = (read_texts(base, tmp_path / f"{seed}.pt", seed=seed) for seed in (0, 1))
-    assert not torch.equal(one["model.embeddings.word_embeddings.weight"], two["model.embeddings.word_embeddings.weight"])
+    assert not torch.equal(
+        one["model.embeddings.word_embeddings.weight"], two["model.embeddings.word_embeddings.weight"]
+    )

@@ -16,7 +16,6 @@ import torch
 from dying_training import NETWORK, make_zoo, silent, zoo_and_tasks
 from safetensors.torch import load_file, save_file
 from small_data import bar_task, packed
-from support import tree
 from tiny_models import tiny_bert
 
 from merganser.checkpoints import open_source
@@ -27,6 +26,7 @@ from merganser.study.judge import Paper
 from merganser.study.networks import load_encoder, new_encoder
 from merganser.study.words import Task, TaskPool, Zoo
 from merganser.study.zoo import base_of, missing, save_encoder, train_zoo
+from support import tree
 
 PLACES = ("base", "experts/one", "experts/two")
 TUNING = {"epochs": 1, "lr": 0.01, "batch": 8}
@@ -47,10 +47,10 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def again(made: Path, zoo: Path, **changes: Any) -> None:
+def again(made: Path, folder: Path, **changes: Any) -> None:
     node, tasks = zoo_and_tasks(made)
     options = {"data": made / "data", "seed": 1, "bar": silent, **changes}
-    train_zoo(options.pop("zoo", node), tasks, zoo, **options)
+    train_zoo(options.pop("zoo", node), tasks, folder, **options)
 
 
 def weights(folder: Path) -> bytes:
@@ -79,7 +79,9 @@ def test_an_expert_is_good_at_its_task(made: Path) -> None:
     _, tasks = zoo_and_tasks(made)
     for name, task in tasks.tasks.items():
         examples = load_examples(name, task, "test", made / "data")
-        score = Paper(examples, make_head(name, task, examples.classes)).judge(load_encoder(made / "zoo/experts" / name))
+        score = Paper(examples, make_head(name, task, examples.classes)).judge(
+            load_encoder(made / "zoo/experts" / name)
+        )
         assert score.value >= 90
 
 

@@ -171,7 +171,8 @@ def as_json(summary: Summary) -> dict[str, Any]:
     }
 
 
-HEADER = ("", "ACC %", "s.e.", "BWT", "BWT (1/T)", "of experts %", "add s", "state MB", "peak MB")
+HEADER = ("", "ACC %", "s.e.", "BWT", "BWT (1/T)", "of experts %")
+COST_HEADER = ("", "add s", "state MB", "peak MB of an add")
 
 
 def rows(summary: Summary) -> list[list[str]]:
@@ -182,14 +183,21 @@ def rows(summary: Summary) -> list[list[str]]:
         _control("zero-shot base", _mean(summary.zero_shot), summary.errors[0], top),
     ]
     for m in summary.methods.values():
-        cost = [f"{m.add_s:.2f}", f"{m.state_bytes / 1e6:.1f}", f"{m.peak_bytes / 1e6:.1f}"]
         numbers = [_spread(m.acc), f"{m.error:.1f}", _spread(m.bwt), _spread(m.bwt_t), f"{100 * m.acc.mean / top:.1f}"]
-        lines.append([m.label, *numbers, *cost])
+        lines.append([m.label, *numbers])
     return lines
 
 
+def cost_rows(summary: Summary) -> list[list[str]]:
+    """What each method takes."""
+    return [
+        [m.label, f"{m.add_s:.2f}", f"{m.state_bytes / 1e6:.1f}", f"{m.peak_bytes / 1e6:.1f}"]
+        for m in summary.methods.values()
+    ]
+
+
 def _control(label: str, value: float, error: float, top: float) -> list[str]:
-    return [label, f"{value:.1f}", f"{error:.1f}", "", "", f"{100 * value / top:.1f}", "", "", ""]
+    return [label, f"{value:.1f}", f"{error:.1f}", "", "", f"{100 * value / top:.1f}"]
 
 
 def task_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
@@ -215,6 +223,7 @@ def markdown(summary: Summary, words: str = "") -> str:
     """The tables as Markdown."""
     header, by_task = task_rows(summary)
     parts = [f"# {summary.title}", words, _table(HEADER, rows(summary)), _table(header, by_task)]
+    parts.append(_table(COST_HEADER, cost_rows(summary)))
     if summary.open:
         parts.append(f"Not complete: {', '.join(summary.open)}.")
     return "\n\n".join(part for part in parts if part) + "\n"

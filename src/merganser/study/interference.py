@@ -1,0 +1,85 @@
+"""How much the experts' changes get in each other's way, layer by layer: known before anything is merged.
+
+    overlap_ij = ||V_i^T V_j||_F^2 / k     V_i: the k leading right singular vectors of change i; k/n where random
+    cosine_ij  = <d_i, d_j> / (||d_i|| ||d_j||)
+
+Both as means over pairs. Source of the overlap: Gargiulo et al. 2024, arXiv:2412.00081, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from merganser.checkpoints import open_source
+from merganser.continual.roles import assign_roles, is_matrix, matrix_shape
+from merganser.types import Source
+
+#: Share of the directions of a layer's input that count as leading.
+LEADING = 1 / 16
+
+
+@dataclass(frozen=True)
+class Interference:
+    """One linear weight.
+
+    Attributes:
+        name: of the tensor.
+        overlap: of leading input directions, mean over pairs, in [0, 1].
+        chance: what random directions would give.
+        cosine: between changes, mean over pairs, in [-1, 1].
+    """
+
+    name: str
+    overlap: float
+    chance: float
+    cosine: float
+
+
+def interference(base: str, experts: Sequence[str], ignore: Sequence[str] = ()) -> list[Interference]:
+    """Measure all linear weights, one after the other; embeddings and vectors are left out.
+
+    Args:
+        base: reference of the base.
+        experts: references of two or more models tuned from it.
+        ignore: patterns that are not measured.
+    """
+    source, opened = open_source(base), [open_source(ref) for ref in experts]
+    found = []
+    for name, role in assign_roles(source, freeze=tuple(ignore)).items():
+        if not is_matrix(role) or not all(name in expert.infos for expert in opened):
+            continue
+        changes = [_change(source, expert, name, role == "transposed") for expert in opened]
+        changes = [d for d in changes if d.any()]
+        if len(changes) < 2 or min(matrix_shape(role, source.infos[name].shape)) < 2:
+            continue
+        n = changes[0].shape[1]
+        k = max(1, min(round(LEADING * n), *changes[0].shape))
+        leading = [_leading(d, k) for d in changes]
+        pairs = list(combinations(range(len(changes)), 2))
+        overlap = sum(float((leading[i].T @ leading[j]).square().sum()) for i, j in pairs) / k / len(pairs)
+        units = [d / d.norm() for d in changes]
+        cosine = sum(float((units[i] * units[j]).sum()) for i, j in pairs) / len(pairs)
+        found.append(Interference(name, overlap, k / n, cosine))
+    return found
+
+
+def _change(base: Source, expert: Source, name: str, transposed: bool) -> Tensor:
+    d = expert.read(name).double() - base.read(name).double()
+    flat = d.reshape(d.shape[0], -1)
+    return flat.T if transposed else flat
+
+
+def _leading(d: Tensor, k: int) -> Tensor:
+    """The k leading right singular vectors, shape (n, k), from the smaller Gram matrix."""
+    m, n = d.shape
+    if n <= m:
+        vectors: Tensor = torch.linalg.eigh(d.T @ d)[1][:, -k:]
+        return vectors
+    left = torch.linalg.eigh(d @ d.T)[1][:, -k:]
+    basis: Tensor = torch.linalg.qr(d.T @ left)[0]
+    return basis

@@ -233,3 +233,21 @@ def test_model_that_is_not_there_is_named(shop: Shop, tmp_path: Path, run: Run) 
     assert code == 2
     assert f"second of small is not at {tmp_path}/nowhere" in error
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_variant_is_its_method_with_other_settings(shop: Shop, tmp_path: Path, run: Run) -> None:
+    words = ("study=small", "study.methods=[half]", "+study.variants={half:{of:task_arithmetic,settings:{scale:0.5}}}")
+    assert run(*shop.words(tmp_path / "variant", *words, "study.seeds=[1]"), "--quiet") == (0, "", "")
+    (variant,) = shop.records(tmp_path / "variant").values()
+    plain = ("method=task_arithmetic", "method.settings.scale=0.5", "modelpool=small", "taskpool=small", "seed=1")
+    assert run(*shop.words(tmp_path / "plain", *plain), "--quiet") == (0, "", "")
+    (other,) = shop.records(tmp_path / "plain").values()
+    assert variant["method"]["label"] == "task arithmetic .3, scale 0.5"
+    assert [row["weights"] for row in variant["rows"]] == [row["weights"] for row in other["rows"]]
+
+
+def test_unknown_method_of_a_study_names_the_nearest(shop: Shop, tmp_path: Path, run: Run) -> None:
+    code, _, error = run(*shop.words(tmp_path / "out", "study=small", "study.methods=[gramm]"))
+    assert code == 2
+    assert "there is no method 'gramm'" in error
+    assert "did you mean gram?" in error

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from merganser.errors import MerganserError, ParameterError
-from merganser.study.words import MethodNode, ModelPool, Node, StudyNode, TaskPool, Zoo
+from merganser.study.words import MethodNode, ModelPool, Node, StudyNode, TaskPool, Variant, Zoo
 
 N = TypeVar("N", bound=Node)
 
@@ -65,7 +65,7 @@ def plan_of(words: Sequence[str], *, extra: Path | None = None) -> Plan:
         study = _node(StudyNode, content, "study")
         if content.get("seed") is not None:
             study = study.model_copy(update={"seeds": (int(content["seed"]),)})
-        methods = {name: _method(name, words, extra) for name in study.methods}
+        methods = {name: _method(name, study.variants.get(name), words, extra) for name in study.methods}
     else:
         name = next((w.partition("=")[2] for w in reversed(words) if w.startswith("method=")), "gram")
         title = f"{name} on {models.name}"
@@ -76,9 +76,14 @@ def plan_of(words: Sequence[str], *, extra: Path | None = None) -> Plan:
     return Plan(study, methods, models, tasks)
 
 
-def _method(name: str, words: Sequence[str], extra: Path | None) -> MethodNode:
+def _method(name: str, variant: Variant | None, words: Sequence[str], extra: Path | None) -> MethodNode:
     others = [w for w in words if not w.startswith("method")]
-    return _node(MethodNode, _compose([*others, f"method={name}"], extra), "method")
+    node = _node(MethodNode, _compose([*others, f"method={variant.of if variant else name}"], extra), "method")
+    if variant is None:
+        return node
+    said = ", ".join(f"{key} {value}" for key, value in variant.settings.items())
+    label = variant.label or f"{node.label}, {said}"
+    return node.model_copy(update={"settings": {**node.settings, **variant.settings}, "label": label, "source": ""})
 
 
 def merged_plans(plans: Sequence[Plan]) -> list[Plan]:

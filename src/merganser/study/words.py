@@ -243,11 +243,26 @@ class Zoo(Node):
         return self
 
 
+class Variant(Node):
+    """A method of the study with other settings.
+
+    Attributes:
+        of: a name in the group `method`.
+        settings: over those of that method.
+        label: in tables; by default that of the method with the settings behind it.
+    """
+
+    of: str
+    settings: dict[str, float | int | str] = {}
+    label: str | None = None
+
+
 class StudyNode(Node):
     """What is compared.
 
     Attributes:
-        methods: names in the group `method`.
+        methods: names in the group `method`, or of variants.
+        variants: methods with other settings, by name.
         seeds: orders of arrival: `random.Random(seed).shuffle` of the pool's order, as in the published protocol, whose
             seeds are 42 to 51.
         curve_items: test items a task for the curve; the diagonal and the last row of R use all of them.
@@ -256,6 +271,7 @@ class StudyNode(Node):
     name: str
     title: str
     methods: Annotated[tuple[str, ...], Field(min_length=1)]
+    variants: dict[str, Variant] = {}
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     curve_items: Annotated[int, Field(ge=0)] = 200
     split: Literal["validation", "test"] = "test"

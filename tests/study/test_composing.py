@@ -33,7 +33,9 @@ def test_every_method_composes_with_settings_that_its_method_takes(name: str) ->
 @pytest.mark.parametrize("name", shipped("study"))
 def test_every_study_composes(name: str) -> None:
     content = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())["study"]
-    assert set(content["methods"]) <= set(shipped("method"))  # every one of them composes
+    variants = content.get("variants", {})
+    named = (set(content["methods"]) - set(variants)) | {variant["of"] for variant in variants.values()}
+    assert named <= set(shipped("method"))  # every one of them composes
     plan = plan_of([f"study={name}", "study.methods=[gram]"])
     assert plan.study.name == name
     assert list(plan.study.seeds) == content["seeds"]

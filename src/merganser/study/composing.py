@@ -61,29 +61,59 @@ def plan_of(words: Sequence[str], *, extra: Path | None = None) -> Plan:
             f"modelpool {models.name} has a model for {lacking[0]}, and taskpool {tasks.name} no such task",
             f"its tasks: {', '.join(tasks.tasks)}",
         )
+    seed, chosen = content.get("seed"), next((w.partition("=")[2] for w in reversed(words) if w[:7] == "method="), None)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ParameterError(
+            f"seed is {seed!r}; it is a whole number", "several seeds: study.seeds=[0,1], or -m seed=0,1"
+        )
     if content.get("study"):
         study = _node(StudyNode, content, "study")
-        if content.get("seed") is not None:
-            study = study.model_copy(update={"seeds": (int(content["seed"]),)})
-        methods = {name: _method(name, study.variants.get(name), words, extra) for name in study.methods}
+        if chosen is not None and chosen not in study.methods:
+            names = ",".join((*study.methods, chosen))
+            raise ParameterError(f"study {study.name} does not compare {chosen}", f"study.methods=[{names}]")
+        if seed is not None:
+            study = study.model_copy(update={"seeds": (seed,)})
+        methods = {name: _method(name, study.variants.get(name), words, chosen, extra) for name in study.methods}
     else:
-        name = next((w.partition("=")[2] for w in reversed(words) if w.startswith("method=")), "gram")
+        node, name = _node(MethodNode, content, "method"), chosen or "gram"
         title = f"{name} on {models.name}"
-        seeds = (int(content["seed"] or 0),)
-        study = StudyNode(name=f"{name}-{models.name}", title=title, methods=(name,), seeds=seeds)
-        methods = {name: _node(MethodNode, content, "method")}
+        study = StudyNode(name=f"{name}-{models.name}", title=title, methods=(name,), seeds=(seed or 0,))
+        methods = {name: node}
+    for node in methods.values():
+        _check_settings(node)
     tasks = tasks.model_copy(update={"tasks": {name: tasks.tasks[name] for name in models.models}})
     return Plan(study, methods, models, tasks)
 
 
-def _method(name: str, variant: Variant | None, words: Sequence[str], extra: Path | None) -> MethodNode:
-    others = [w for w in words if not w.startswith("method")]
-    node = _node(MethodNode, _compose([*others, f"method={variant.of if variant else name}"], extra), "method")
+def _method(
+    name: str, variant: Variant | None, words: Sequence[str], chosen: str | None, extra: Path | None
+) -> MethodNode:
+    """A method of a study; words about the method are meant for the one that is named beside the study."""
+    file = variant.of if variant else name
+    others = [w for w in words if not w.lstrip("+~").startswith("method") or (file == chosen and "=" in w)]
+    node = _node(MethodNode, _compose([*(w for w in others if w[:7] != "method="), f"method={file}"], extra), "method")
     if variant is None:
         return node
     said = ", ".join(f"{key} {value}" for key, value in variant.settings.items())
     label = variant.label or f"{node.label}, {said}"
     return node.model_copy(update={"settings": {**node.settings, **variant.settings}, "label": label, "source": ""})
+
+
+def _check_settings(node: MethodNode) -> None:
+    """A setting that the method does not have is named by its place."""
+    from merganser.continual.kinds import check_settings
+    from merganser.methods import find_method, settings_of
+
+    known = settings_of(find_method(node.method))
+    for setting in node.settings:
+        if setting not in known:
+            near = get_close_matches(setting, known, n=1)
+            takes = ", ".join(known) or "no settings"
+            raise ParameterError(
+                f"method.settings.{setting}: {node.method} has no such setting",
+                f"did you mean {near[0]}?" if near else f"it takes {takes}",
+            )
+    check_settings(node.method, node.settings)
 
 
 def merged_plans(plans: Sequence[Plan]) -> list[Plan]:
@@ -123,12 +153,19 @@ def expanded(words: Sequence[str]) -> list[list[str]]:
     Raises:
         ParameterError: If a word is no override.
     """
-    choices = []
-    for word, override in zip(words, _parsed(words), strict=True):
+    overrides, choices = _parsed(words), []
+    from hydra.errors import HydraException
+
+    for word, override in zip(words, overrides, strict=True):
         if not override.is_sweep_override():
             choices.append([word])
             continue
-        values = override.sweep_string_iterator()
+        try:
+            values = list(override.sweep_string_iterator())
+        except HydraException as error:
+            raise ParameterError(
+                f"{word} cannot be taken apart: {error}", "name the values: method=gram,opcm"
+            ) from error
         choices.append([f"{override.get_key_element()}={value}" for value in values])
     return [list(combination) for combination in itertools.product(*choices)]
 
@@ -156,7 +193,12 @@ def _compose(words: Sequence[str], extra: Path | None) -> dict[str, Any]:
         if override.is_sweep_override():
             raise ParameterError(f"{word} has several values", "merganser study -m runs every combination")
         _check_name(override, extra)
-    path = [f"hydra.searchpath=[file://{extra.resolve()}]"] if extra else []
+    path = []
+    if extra is not None:
+        quoted = str(extra.resolve()).replace("\\", "\\\\").replace('"', '\\"')
+        path = [f'hydra.searchpath=["file://{quoted}"]']
+    # A key that a file leaves out at its default is there for the user: unknown ones are found by the nodes.
+    words = [f"++{w}" if "." in w.partition("=")[0] and w[0] not in "+~" else w for w in words]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=[*path, *words])
@@ -176,7 +218,12 @@ def _check_name(override: Any, extra: Path | None) -> None:
         raise ParameterError(
             f"there is no group {top!r}", f"did you mean {near[0]}?" if near else f"groups: {', '.join(GROUPS)}"
         )
-    if key in GROUPS and isinstance(value := override.value(), str) and value not in (known := names_in(key, extra)):
+    if key not in GROUPS or override.is_delete():
+        return
+    value = override.value()
+    if not isinstance(value, str):
+        raise ParameterError(f"{key} is {value}; it is a name", f"one of {', '.join(names_in(key, extra))}")
+    if value not in (known := names_in(key, extra)):
         near = get_close_matches(value, known, n=1)
         raise ParameterError(
             f"there is no {key} {value!r}", f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
@@ -191,7 +238,8 @@ def _node(kind: type[N], content: Mapping[str, Any], group: str) -> N:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, (group, *first["loc"])))
-        known = list(kind.model_fields)
+        nodes: list[type[Node]] = [kind, *Node.__subclasses__()]
+        known = {name for node in nodes for name in node.model_fields}
         near = get_close_matches(str(first["loc"][-1]), known, n=1) if first["loc"] else []
         hint = f"did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else None
         raise ParameterError(f"{place}: {first['msg']} ({first['input']!r})", hint) from error

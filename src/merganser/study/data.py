@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,10 @@ class Examples:
         """sha256 over items, labels and class names."""
         hashed = hashlib.sha256(json.dumps(self.classes).encode())
         hashed.update(self.labels.astype("<i8").tobytes())
-        hashed.update(json.dumps(self.items).encode() if isinstance(self.items, tuple) else self.items.tobytes())
+        if isinstance(self.items, tuple):
+            hashed.update(json.dumps(self.items).encode())
+        else:
+            hashed.update(f"{self.items.shape}".encode() + self.items.tobytes())
         return hashed.hexdigest()
 
     def take(self, places: Sequence[int] | npt.NDArray[np.int64]) -> Examples:
@@ -87,7 +91,9 @@ def load_examples(name: str, task: Task, split: Split, data: Path | None) -> Exa
         places = places[held_out if split == "validation" else ~held_out]
     if not len(places):
         raise ParameterError(f"the {split} split of {name} is empty")
-    if labels.min() < 0 or labels.max() >= len(classes):
+    if labels.min() < 0:
+        raise ParameterError(f"{name} has a label {labels.min()}; labels are 0, 1, 2, ...")
+    if labels.max() >= len(classes):
         raise ParameterError(f"{name} has labels up to {labels.max()}, and {len(classes)} class names")
     return Examples(items, labels, classes).take(places)
 
@@ -111,19 +117,26 @@ def _packed(source: PackedSource, split: str, data: Path | None) -> Read:
 
 def _npz(path: Path, split: str) -> Read:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             labels = file[f"y_{split}"].astype(np.int64)
             classes = tuple(map(str, file["classes"]))
             if f"x_{split}" in file.files:
-                x = file[f"x_{split}"]
-                return (np.repeat(x[..., None], 3, axis=-1) if x.ndim == 3 else x), labels, classes
+                return _pictures(file[f"x_{split}"]), labels, classes
             data, offsets = file[f"bytes_{split}"].tobytes(), file[f"offsets_{split}"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        decode = _decoder()
+        items = [decode(data[a:b]) for a, b in pairwise(offsets)]
+        return (np.stack(items) if items else np.empty((0, 1, 1, 3), np.uint8)), labels, classes
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise RefError(
             f"{path} is not a packed image set: {error}", "see docs/guides/studies.md for the layout"
         ) from error
-    decode = _decoder()
-    return np.stack([decode(data[a:b]) for a, b in pairwise(offsets)]), labels, classes
+
+
+def _pictures(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Grey pictures get three equal channels."""
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise ValueError(f"pictures are {x.dtype} of shape {x.shape}; they must be uint8, (n, height, width[, 3])")
+    return np.repeat(x[..., None], 3, axis=-1) if x.ndim == 3 else x
 
 
 def _decoder(size: int | None = None) -> Callable[[bytes], npt.NDArray[np.uint8]]:
@@ -152,6 +165,8 @@ def _parquet(path: Path, split: str) -> Read:
     columns = _table(path, ("text", "label", "split", "label_name"))
     chosen = [i for i, s in enumerate(columns["split"]) if s == split]
     names = dict(zip(columns["label"], columns["label_name"], strict=True))
+    if twice := {label for label, n in zip(columns["label"], columns["label_name"], strict=True) if names[label] != n}:
+        raise ParameterError(f"{path}: label {min(twice)} has two names")
     if sorted(names) != list(range(len(names))):
         raise ParameterError(f"{path}: labels are {sorted(names)[:5]}...; they must be 0, 1, 2, ...")
     labels = np.array([columns["label"][i] for i in chosen], dtype=np.int64)
@@ -166,7 +181,12 @@ def _table(path: Path, names: Sequence[str]) -> dict[str, list[Any]]:
     except ImportError as error:
         raise MerganserError("tables need pyarrow", 'pip install "merganser[study]"') from error
     try:
-        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else pyarrow.parquet.read_table(path)
+        breaks = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        table = (
+            pyarrow.csv.read_csv(path, parse_options=breaks)
+            if path.suffix == ".csv"
+            else pyarrow.parquet.read_table(path)
+        )
     except (OSError, pyarrow.ArrowInvalid) as error:
         raise RefError(f"{path} cannot be read: {error}") from error
     for name in names:
@@ -192,11 +212,13 @@ def _digits(source: DigitsSource, split: str, data: Path | None) -> Read:
 
 
 def _folder(source: FolderSource, split: str, data: Path | None) -> Read:
-    root = Path(source.path).expanduser() / getattr(source, split)
+    folder = Path(source.path).expanduser()
+    root = folder / getattr(source, split)
     if not root.is_dir():
         raise RefError(f"{root} is no folder", "an image set is DIR/SPLIT/CLASS/*.png or other pictures")
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    files = [(i, p) for i, name in enumerate(classes) for p in sorted((root / name).iterdir()) if p.is_file()]
+    places = [place for place in (folder / source.train, folder / source.test) if place.is_dir()]
+    classes = tuple(sorted({p.name for place in places for p in place.iterdir() if p.is_dir()}))
+    files = [(i, p) for i, name in enumerate(classes) for p in sorted((root / name).glob("*")) if p.is_file()]
     decode = _decoder(source.size)
     pictures = []
     for _, path in files:

@@ -63,7 +63,7 @@ def text_prototypes(head: PrototypeHead, classes: tuple[str, ...]) -> Tensor:
     """The sentence encoder's embeddings of the class names in the template, shape (classes, width)."""
     _check_names("a head", head.names, classes)
     encoder = _text_encoder(resolve(head.encoder or ""))
-    texts = tuple(head.template.format(head.names.get(c) or words_of(c)) for c in classes)
+    texts = tuple(head.template.replace("{}", head.names.get(c) or words_of(c)) for c in classes)
     with torch.no_grad():
         return torch.cat([encoder.embed(encoder.prepare((text,))) for text in texts])
 
@@ -114,7 +114,7 @@ def _clip_prototypes(head: ClipHead, classes: tuple[str, ...]) -> tuple[Tensor, 
     summed = torch.zeros(())
     with torch.no_grad():
         for template in templates:
-            texts = [template.format(name) for name in names]
+            texts = [template.replace("{}", name) for name in names]
             found = model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt"))
             summed = summed + functional.normalize(found if isinstance(found, Tensor) else found.pooler_output, dim=1)
         return summed, float(model.logit_scale.exp())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merganser.errors import MerganserError
+from merganser.errors import MerganserError, NonFiniteError, ParameterError
 from merganser.study.data import Examples
 from merganser.study.heads import HeadFunction
 from merganser.study.networks import Encoder
@@ -73,10 +73,16 @@ class Paper:
             batch: examples at a time; texts are taken in the order of their lengths.
             bfloat16: matrix products in bfloat16.
             progress: called as (examples done, examples in all).
+
+        Raises:
+            ParameterError: If there is no example.
+            NonFiniteError: If the network answers NaN or infinity.
         """
         if self._prepared is None:
             self._prepared = encoder.prepare(self.examples.items)
         prepared = self._prepared[: len(self.examples) if count is None else count]
+        if not prepared:
+            raise ParameterError("there is no example to judge by")
         labels = torch.from_numpy(self.examples.labels[: len(prepared)])
         order = sorted(range(len(prepared)), key=lambda i: len(prepared[i]))  # stable: pictures keep their order
         answers = torch.empty(len(prepared), dtype=torch.int64)
@@ -85,7 +91,10 @@ class Paper:
             places = order[start : start + batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 x = encoder.embed([prepared[i] for i in places])
-            answers[places] = self.head(x.float()).argmax(1).cpu()
+            logits = self.head(x.float())
+            if not bool(torch.isfinite(logits).all()):
+                raise NonFiniteError("the network answers NaN or infinity, which cannot be judged")
+            answers[places] = logits.argmax(1).cpu()
             if progress is not None:
                 progress(min(start + batch, len(order)), len(order))
         value, error = _measure(self.metric, answers, labels, len(self.examples.classes))

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from merganser.checkpoints import open_source
 from merganser.checkpoints.hub import snapshot
-from merganser.errors import MerganserError, MissingTensorError, ParameterError, RefError
+from merganser.errors import MerganserError, MissingTensorError, ParameterError, RefError, ShapeError
 from merganser.study.data import Items
 
 #: Longest text in tokens; the rest is cut off.
@@ -67,6 +67,12 @@ class _PixelEncoder(Encoder):
         return x
 
 
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ParameterError(f"{name} is {size!r}; it is a whole number of at least 1")
+
+
 class _Block(nn.Module):
     """A pre-norm transformer block."""
 
@@ -102,6 +108,7 @@ class VisionTransformer(_PixelEncoder):
         self, image: int = 32, patch: int = 8, hidden: int = 192, depth: int = 6, heads: int = 3, width: int = 384
     ) -> None:
         super().__init__()
+        _check_sizes(image=image, patch=patch, hidden=hidden, depth=depth, heads=heads, width=width)
         if image % patch or hidden % heads:
             raise ParameterError(f"patch {patch} must divide image {image}, and heads {heads} hidden {hidden}")
         self.image, self.patch, self.width = image, patch, width
@@ -133,6 +140,7 @@ class ResidualMlp(_PixelEncoder):
 
     def __init__(self, image: int = 8, hidden: int = 192, depth: int = 3, width: int = 64) -> None:
         super().__init__()
+        _check_sizes(image=image, hidden=hidden, depth=depth, width=width)
         self.image, self.width = image, width
         self._sizes = {"image": image, "hidden": hidden, "depth": depth, "width": width}
         self.stem = nn.Linear(image * image, hidden)
@@ -161,10 +169,12 @@ class SentenceEncoder(Encoder):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         transformers = _transformers()
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
+            raise RefError(f"{folder} has no tokenizer", "copy the tokenizer's files of the base there")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = transformers.AutoModel.from_config(
-            transformers.AutoConfig.from_pretrained(folder, local_files_only=True), add_pooling_layer=False
-        )
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        pooled = config.model_type in ("bert", "roberta", "xlm-roberta", "mpnet")  # the others have no such layer
+        self.model = transformers.AutoModel.from_config(config, **({"add_pooling_layer": False} if pooled else {}))
         self.width = self.model.config.hidden_size
 
     def prepare(self, items: Items) -> list[Any]:
@@ -196,6 +206,8 @@ class ClipVision(Encoder):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         transformers = _transformers()
+        if not (folder / "preprocessor_config.json").is_file():
+            raise RefError(f"{folder} has no processor: preprocessor_config.json", "copy that of the base there")
         self.processor = transformers.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         config = getattr(config, "vision_config", config)
@@ -254,6 +266,7 @@ def load_encoder(folder: Path, *, expert: Path | None = None) -> Encoder:
         RefError: If the folder has no configuration.
         ParameterError: If no network here is of its type.
         MissingTensorError: If tensors are missing, or the expert has none of the network's.
+        ShapeError: If a tensor has another shape than the configuration says.
     """
     path = folder / "config.json"
     try:
@@ -278,6 +291,10 @@ def load_encoder(folder: Path, *, expert: Path | None = None) -> Encoder:
     missing = [name for name in wanted if name not in found and not name.endswith(("position_ids", "token_type_ids"))]
     if missing:
         raise MissingTensorError(f"{folder} lacks {missing[0]} and {len(missing) - 1} other tensors of its network")
+    for name, x in found.items():
+        if x.shape != wanted[name].shape:
+            shapes = f"{tuple(x.shape)}, and its configuration says {tuple(wanted[name].shape)}"
+            raise ShapeError(f"{name} of {expert or folder} is {shapes}")
     network.load_state_dict(found, strict=False)
     return encoder.eval()
 
@@ -309,7 +326,7 @@ def resolve(ref: str) -> str:
     if not ref.startswith("package:"):
         return ref
     name, _, inside = ref.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise RefError(f"{ref}: the package {name} is not installed", f"pip install {name.replace('_', '-')}")
     folder = Path(next(iter(spec.submodule_search_locations))) / inside

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -58,10 +59,13 @@ def train(
         Mean loss of every epoch.
 
     Raises:
-        ParameterError: If everything is frozen.
+        ParameterError: If everything is frozen, a pattern freezes nothing, or head and network do not fit.
     """
-    encoder.to(device).train()
+    encoder.to(device)
     prepared = {name: encoder.prepare(lesson.examples.items) for name, lesson in lessons.items()}
+    for name, lesson in lessons.items():
+        _check_head(name, encoder, lesson)
+    encoder.train()
     parameters = _trainable(encoder, training.freeze)
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
     steps_an_epoch = sum(len(batches(len(x), training.batch, 0, 0, 0)) for x in prepared.values())
@@ -70,6 +74,7 @@ def train(
     for epoch in range(len(losses), training.epochs):
         step = epoch * steps_an_epoch
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        torch.manual_seed(seed * 100_003 + epoch)  # dropout draws from the global generator
         order = [
             (name, places)
             for i, (name, items) in enumerate(prepared.items())
@@ -103,6 +108,17 @@ def train(
     return losses
 
 
+def _check_head(name: str, encoder: Encoder, lesson: Lesson) -> None:
+    try:
+        logits = lesson.head(torch.zeros(1, encoder.width))
+    except RuntimeError as error:
+        raise ParameterError(
+            f"the head of {name} does not take embeddings of width {encoder.width}: {error}"
+        ) from error
+    if logits.shape[1] < len(lesson.examples.classes):
+        raise ParameterError(f"{name} has {len(lesson.examples.classes)} classes, and its head {logits.shape[1]}")
+
+
 def batches(count: int, size: int, seed: int, epoch: int, lesson: int) -> list[list[int]]:
     """Places of the examples of every batch of an epoch, in random order; the last batch may be smaller."""
     generator = torch.Generator().manual_seed((seed * 100_003 + epoch) * 1_009 + lesson)
@@ -124,7 +140,9 @@ def schedule(step: int, total: int) -> float:
 
 def augmented(items: list[Any], shift: int, flip: bool, generator: torch.Generator) -> list[Tensor]:
     """Pictures moved by up to `shift` pixels each way, the edges drawn out; half of them mirrored if `flip`."""
-    x = torch.stack(items)
+    if not (isinstance(items[0], Tensor | np.ndarray) and items[0].ndim == 3):
+        raise ParameterError("shift and flip are for pictures, and the task has texts")
+    x = torch.stack([torch.as_tensor(item) for item in items])
     n, height, width, _ = x.shape
     down, right = torch.randint(-shift, shift + 1, (2, n, 1), generator=generator)
     rows = (torch.arange(height) + down).clamp(0, height - 1)
@@ -137,6 +155,10 @@ def augmented(items: list[Any], shift: int, flip: bool, generator: torch.Generat
 
 def _trainable(encoder: Encoder, freeze: tuple[str, ...]) -> list[torch.nn.Parameter]:
     network = getattr(encoder, "model", encoder)
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in freeze:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ParameterError(f"freeze {pattern} fits no tensor", f"tensors: {', '.join(names[:5])}, ...")
     kept = []
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in freeze))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Settings = dict[str, StrictFloat | StrictInt | StrictStr]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -92,9 +93,13 @@ class PrototypeHead(Node):
     def _one_origin(self) -> PrototypeHead:
         if (self.encoder is None) == (self.file is None):
             raise ValueError("name either an encoder or a file")
-        if self.template.count("{}") != 1:
-            raise ValueError(f"template {self.template!r} needs one {{}} for the class name")
+        _check_template(self.template)
         return self
+
+
+def _check_template(template: str) -> None:
+    if template.count("{}") != 1:
+        raise ValueError(f"template {template!r} needs one {{}} for the class name")
 
 
 class LinearHead(Node):
@@ -115,6 +120,12 @@ class ClipHead(Node):
     model: str
     template: str | Annotated[tuple[str, ...], Field(min_length=1)] = "a photo of a {}."
     names: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _templates(self) -> ClipHead:
+        for template in (self.template,) if isinstance(self.template, str) else self.template:
+            _check_template(template)
+        return self
 
 
 Head = Annotated[PrototypeHead | LinearHead | ClipHead, Field(discriminator="kind")]
@@ -180,7 +191,7 @@ class MethodNode(Node):
 
     method: str
     label: str
-    settings: dict[str, float | int | str] = {}
+    settings: Settings = {}
     source: str = ""
     fold: dict[str, Any] = {}
 
@@ -253,7 +264,7 @@ class Variant(Node):
     """
 
     of: str
-    settings: dict[str, float | int | str] = {}
+    settings: Settings = {}
     label: str | None = None
 
 

@@ -97,6 +97,11 @@ def train_zoo(
         training = zoo.pretraining.training
         lessons = {name: _lesson(name, task, data, training.items) for name, task in zoo.pretraining.tasks.items()}
         for name in zoo.pretraining.little:
+            if name not in tasks.tasks:
+                raise ParameterError(
+                    f"zoo {zoo.name} wants a little of {name}, which is no task of {tasks.name}",
+                    f"its tasks: {', '.join(tasks.tasks)}",
+                )
             lessons[f"little {name}"] = _lesson(name, tasks.tasks[name], data, zoo.pretraining.little_items)
         torch.manual_seed(seed)
         encoder = new_encoder(zoo.network)
@@ -113,7 +118,11 @@ def _claim(folder: Path, zoo: Zoo, seed: int) -> None:
     """Write down what this zoo is; refuse to mix two."""
     folder.mkdir(parents=True, exist_ok=True)
     path, content = folder / "zoo.json", {"seed": seed, **zoo.model_dump(mode="json")}
-    if path.is_file() and json.loads(path.read_text("utf-8")) != content:
+    try:
+        known = json.loads(path.read_text("utf-8")) if path.is_file() else content
+    except ValueError as error:
+        raise StateError(f"{path} is damaged: {error}", "remove it if the models beside it are this zoo's") from error
+    if known != content:
         raise StateError(f"{folder} holds a zoo of other settings", "name another folder with --zoo, or remove it")
     path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 

@@ -35,8 +35,8 @@ def main(console: Console) -> None:
     with console.status(f"removing {REMOVED}"):
         removal = compare_removal(shell)
     console.print(
-        f"{REMOVED} removed from a state of eight against never added, largest difference relative to the largest entry "
-        f"of a tensor: merged weights {removal.weights_differ:.0e}, sums {removal.sums_differ:.0e}",
+        f"{REMOVED} removed from a state of eight against never added, largest difference relative to the largest "
+        f"entry of a tensor: merged weights {removal.weights_differ:.0e}, sums {removal.sums_differ:.0e}",
         soft_wrap=True,
     )
     shutil.copyfile(HERE / "work" / "study" / "report.html", HERE / "report.html")

@@ -165,6 +165,17 @@ def test_killed_study_goes_on_to_the_same_numbers(shop: Shop, tmp_path: Path, ki
     assert {n: times_out(r) for n, r in found.items()} == {n: times_out(r) for n, r in whole.items()}
 
 
+def test_half_removed_folders_of_a_killed_study_do_not_stop_it(shop: Shop, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    (out / "merged" / "mean").mkdir(parents=True)
+    (out / "merged" / "mean" / "model.safetensors").write_bytes(b"half")
+    (out / "states" / "sums-1-seed-0").mkdir(parents=True)
+    (out / "states" / "sums-1-seed-0" / "base.json").write_text("{}")
+    assert run(*shop.words(out), "--quiet") == (0, "", "")
+    found, whole = shop.records(out), shop.records(shop.root / "whole")
+    assert {n: times_out(r) for n, r in found.items()} == {n: times_out(r) for n, r in whole.items()}
+
+
 def test_method_or_order_that_comes_later_is_added_and_nothing_is_measured_again(
     shop: Shop, tmp_path: Path, run: Run
 ) -> None:

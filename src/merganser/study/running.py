@@ -17,7 +17,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,8 @@ class Study:
                     fold.add(ref, name=order[t - 1], ignore=self.plan.models.ignore, device=self.device)
                     for record in todo.values():
                         record["add_s"].append(round(time.perf_counter() - began, 3))
-                        record["state_bytes"] = fold.state_bytes
                 for name, record in todo.items():
+                    record["state_bytes"] = fold.state_bytes
                     if len(record["rows"]) < t:
                         record["rows"].append(self._row(fold, name, methods[name], order, t))
                     _write(self._path(name, seed), record)
@@ -163,10 +163,11 @@ class Study:
     def _fold(self, folder: Path, methods: Mapping[str, MethodNode], begun: int, order: list[str]) -> Fold:
         """The state as an interrupted run left it, or a new one where that cannot be gone on with."""
         if folder.is_dir():
-            fold = Fold(folder)
-            there = [c.name for c in fold.ledger.contributors]
-            if begun in (len(there), len(there) - 1) and there == order[: len(there)]:
-                return fold
+            with suppress(StateError):  # half removed
+                fold = Fold(folder)
+                there = [c.name for c in fold.ledger.contributors]
+                if begun in (len(there), len(there) - 1) and there == order[: len(there)]:
+                    return fold
             shutil.rmtree(folder)
         node = next(iter(methods.values()))
         sums = isinstance(find_method(node.method), Sums)  # those take their settings on export
@@ -179,8 +180,9 @@ class Study:
         """Export, load, judge: all test items of the newest task and of every task at the end, some of the others."""
         began = time.perf_counter()
         merged = self.out / "merged" / name
+        shutil.rmtree(merged, ignore_errors=True)  # of an interrupted run, and maybe half removed
         sums = isinstance(find_method(node.method), Sums)
-        fold.export(merged, node.method if sums else None, overwrite=True, **(node.settings if sums else {}))
+        fold.export(merged, node.method if sums else None, **(node.settings if sums else {}))
         export_s = time.perf_counter() - began
         encoder = load_encoder(merged).to(self.device)
         scores = {}

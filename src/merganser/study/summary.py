@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def _method(label: str, records: Records, tasks: list[str]) -> MethodSummary:
         matrices[0],
         list(records[0]["order"]),
         _mean_error(finals[0]),
-        float(np.mean([s for record in records for s in record["add_s"]])),
+        fmean([s for record in records for s in record["add_s"]] or [math.nan]),  # a killed run may miss some
         int(records[0]["state_bytes"]),
         int(records[0]["peak_bytes"]),
     )

@@ -30,8 +30,9 @@ FOLD = ("init", "add", "remove", "reweight", "combine", "export", "show", "verif
 
 
 def test_the_commands_are_those_of_the_readme() -> None:
-    groups = {("fold",), ()}
-    assert set(COMMANDS) - groups == {("methods",), ("inspect",), ("convert",), *(("fold", name) for name in FOLD)}
+    groups = {("fold",), ("zoo",), ()}
+    alone = {("methods",), ("inspect",), ("convert",), ("study",)}
+    assert set(COMMANDS) - groups == {*alone, ("zoo", "train"), *(("fold", name) for name in FOLD)}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda p: " ".join(p) or "merganser")

@@ -59,12 +59,10 @@ def train(
         Mean loss of every epoch.
 
     Raises:
-        ParameterError: If everything is frozen, a pattern freezes nothing, or head and network do not fit.
+        ParameterError: If everything is frozen, or a pattern freezes nothing.
     """
     encoder.to(device)
     prepared = {name: encoder.prepare(lesson.examples.items) for name, lesson in lessons.items()}
-    for name, lesson in lessons.items():
-        _check_head(name, encoder, lesson)
     encoder.train()
     parameters = _trainable(encoder, training.freeze)
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
@@ -106,17 +104,6 @@ def train(
         _remember(keep, encoder, optimizer, losses)
     encoder.eval()
     return losses
-
-
-def _check_head(name: str, encoder: Encoder, lesson: Lesson) -> None:
-    try:
-        logits = lesson.head(torch.zeros(1, encoder.width))
-    except RuntimeError as error:
-        raise ParameterError(
-            f"the head of {name} does not take embeddings of width {encoder.width}: {error}"
-        ) from error
-    if logits.shape[1] < len(lesson.examples.classes):
-        raise ParameterError(f"{name} has {len(lesson.examples.classes)} classes, and its head {logits.shape[1]}")
 
 
 def batches(count: int, size: int, seed: int, epoch: int, lesson: int) -> list[list[int]]:

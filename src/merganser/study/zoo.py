@@ -145,6 +145,8 @@ def _make(
     device: str,
     bar: Bar,
 ) -> None:
+    for name, lesson in lessons.items():
+        _check_head(name, encoder, lesson)
     keep = target.parent / f".training-{target.name}" / "run.pt"
     began = time.perf_counter()
     with bar(target.name) as progress:
@@ -160,6 +162,18 @@ def _make(
     }
     save_encoder(encoder, target, receipt, base)
     shutil.rmtree(keep.parent)
+
+
+def _check_head(name: str, encoder: Encoder, lesson: Lesson) -> None:
+    encoder.prepare(lesson.examples.first(1).items)  # pictures and texts first, then widths
+    try:
+        logits = lesson.head(torch.zeros(1, encoder.width))
+    except RuntimeError as error:
+        raise ParameterError(
+            f"the head of {name} does not take embeddings of width {encoder.width}: {error}"
+        ) from error
+    if logits.shape[1] < len(lesson.examples.classes):
+        raise ParameterError(f"{name} has {len(lesson.examples.classes)} classes, and its head {logits.shape[1]}")
 
 
 def _described(examples: Examples) -> dict[str, Any]:

@@ -80,7 +80,9 @@ def accuracy_curve_png(
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     bottom, top = axes.get_ylim()
-    heights = _apart([value for value, _, _ in labels], gap=0.065 * (top - bottom))
+    gap = 0.065 * (top - bottom)
+    heights = _apart([value for value, _, _ in labels], gap=gap)
+    axes.set_ylim(min(bottom, min(heights) - gap / 2), max(top, max(heights) + gap / 2))  # no label outside
     for (value, name, color), height in zip(labels, heights, strict=True):
         text = f"{name} {value:.1f}"
         axes.annotate(text, (1.03, height), xycoords=("axes fraction", "data"), color=color, va="center", fontsize=10)
@@ -157,7 +159,10 @@ def matrix_png(
 
 
 def layers_png(
-    values: Mapping[str, Sequence[float]], *, x_label: str = "linear weights, from input to output", y_label: str = ""
+    values: Mapping[str, Sequence[float]],
+    *,
+    x_label: str = "linear weights, in the order of their names",
+    y_label: str = "",
 ) -> bytes:
     """Draw one line a quantity over the layers of a network.
 

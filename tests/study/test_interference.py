@@ -54,3 +54,10 @@ def test_expert_without_a_change_is_left_out(tmp_path: Path) -> None:
     d = torch.randn(16, 32)
     found = measured(tmp_path, {"x": torch.zeros(16, 32)}, {"x": d}, {"x": 0 * d}, {"x": 2 * d})
     assert found["x.weight"][0] == pytest.approx(1.0, rel=1e-6)
+
+
+def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ("layer.10", "layer.2", "layer.1")
+    base = {name: torch.zeros(4, 6) for name in names}
+    found = measured(tmp_path, base, *({name: torch.randn(4, 6) for name in names} for _ in range(2)))
+    assert list(found) == ["layer.1.weight", "layer.2.weight", "layer.10.weight"]

@@ -8,6 +8,7 @@ Both as means over pairs. Source of the overlap: Gargiulo et al. 2024, arXiv:241
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -50,7 +51,8 @@ def interference(base: str, experts: Sequence[str], ignore: Sequence[str] = ()) 
     """
     source, opened = open_source(base), [open_source(ref) for ref in experts]
     found = []
-    for name, role in assign_roles(source, freeze=tuple(ignore)).items():
+    roles = assign_roles(source, freeze=tuple(ignore))
+    for name, role in sorted(roles.items(), key=lambda item: _natural(item[0])):
         if not is_matrix(role) or not all(name in expert.infos for expert in opened):
             continue
         changes = [_change(source, expert, name, role == "transposed") for expert in opened]
@@ -66,6 +68,11 @@ def interference(base: str, experts: Sequence[str], ignore: Sequence[str] = ()) 
         cosine = sum(float((units[i] * units[j]).sum()) for i, j in pairs) / len(pairs)
         found.append(Interference(name, overlap, k / n, cosine))
     return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _change(base: Source, expert: Source, name: str, transposed: bool) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from merganser.errors import MerganserError, ParameterError
-from merganser.report import _apart, accuracy_curve_png, figure_html, html_page, matrix_png, table_html
+from merganser.report import _apart, accuracy_curve_png, figure_html, html_page, layers_png, matrix_png, table_html
 
 CURVES = {"gram": [95.0, 91.0, 88.0], "opcm": [95.0, 80.0, 71.0]}
 NAMES = ["a", "b", "c"]
@@ -173,3 +173,10 @@ def test_missing_matplotlib_is_told_with_the_extra_to_install(monkeypatch) -> No
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MerganserError, match=r'hint: pip install "merganser\[plots\]"'):
         accuracy_curve_png(CURVES)
+
+
+def test_layers_need_lines_of_one_length() -> None:
+    for values in ({}, {"a": []}, {"a": [1.0], "b": [1.0, 2.0]}):
+        with pytest.raises(ParameterError, match="lines of one length"):
+            layers_png(values)
+    assert layers_png({"a": [0.1, 0.2], "b": [0.3, 0.1]}).startswith(b"\x89PNG")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from merganser.errors import MerganserError, ParameterError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours without yellow, told apart under every common kind of colour blindness; markers say it twice.
@@ -74,11 +75,7 @@ def accuracy_curve_png(
     axes.set_xticks(range(1, longest + 1))
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.tick_params(color=RULE, labelcolor=INK, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
+    _quiet(axes)
     bottom, top = axes.get_ylim()
     gap = 0.065 * (top - bottom)
     heights = _apart([value for value, _, _ in labels], gap=gap)
@@ -188,11 +185,7 @@ def layers_png(
         axes.plot(steps, line, color=color, marker=marker, markersize=4, linewidth=1.4, label=name)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.tick_params(color=RULE, labelcolor=INK, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
+    _quiet(axes)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, 1.2), ncols=len(values))
     figure.tight_layout(pad=0.4)
     return _png(figure)
@@ -271,6 +264,15 @@ def _figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise MerganserError("drawing needs matplotlib", hint='pip install "merganser[plots]"') from error
     return Figure(figsize=(width, height), facecolor="white")
+
+
+def _quiet(axes: Axes) -> None:
+    """Lines of the values alone: a faint grid, one axis, no ticks."""
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.tick_params(color=RULE, labelcolor=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
 
 
 def _png(figure: Figure) -> bytes:

@@ -233,3 +233,11 @@ def test_the_first_of_them_are_no_more_than_all() -> None:
     assert texts.first(2).items == ("a", "b")
     assert texts.first(9).labels.tolist() == [2, 1, 0]
     assert texts.take([2, 0]).items == ("c", "a")
+
+
+def test_files_that_desktops_leave_in_an_image_folder_are_no_pictures(tmp_path: Path) -> None:
+    draw(tmp_path / "test/cat/1.png", shade(7))
+    for name in (".DS_Store", "Thumbs.db"):
+        (tmp_path / "test/cat" / name).write_bytes(b"no picture")
+    task = task_of({"kind": "folder", "path": str(tmp_path), "size": 2})
+    assert numbers(load_examples("f", task, "test", None)) == [7]

@@ -13,6 +13,7 @@ from dying_training import trained
 from tiny_models import tiny_bert
 from torch import Tensor
 
+from merganser.errors import StateError
 from merganser.study.data import Examples
 from merganser.study.networks import load_encoder
 from merganser.study.training import Lesson, train
@@ -126,3 +127,17 @@ def test_another_seed_gives_other_bits(tmp_path: Path, base: Path) -> None:
     assert not torch.equal(
         one["model.embeddings.word_embeddings.weight"], two["model.embeddings.word_embeddings.weight"]
     )
+
+
+def test_a_kept_run_of_other_settings_is_not_gone_on_with(tmp_path: Path, base: Path) -> None:
+    read_texts(base, tmp_path / "kept.pt", seed=1)
+    assert_same_bits(read_texts(base, tmp_path / "fresh.pt"), read_texts(base, tmp_path / "kept.pt"))
+
+
+def test_a_damaged_run_is_refused_by_path(tmp_path: Path, base: Path) -> None:
+    keep = tmp_path / "run.pt"
+    for content in (b"", b"no such thing"):
+        keep.write_bytes(content)
+        with pytest.raises(StateError, match="is damaged") as caught:
+            read_texts(base, keep)
+        assert str(keep) in caught.value.message

@@ -218,7 +218,7 @@ def _folder(source: FolderSource, split: str, data: Path | None) -> Read:
         raise RefError(f"{root} is no folder", "an image set is DIR/SPLIT/CLASS/*.png or other pictures")
     places = [place for place in (folder / source.train, folder / source.test) if place.is_dir()]
     classes = tuple(sorted({p.name for place in places for p in place.iterdir() if p.is_dir()}))
-    files = [(i, p) for i, name in enumerate(classes) for p in sorted((root / name).glob("*")) if p.is_file()]
+    files = [(i, p) for i, name in enumerate(classes) for p in _visible(root / name)]
     decode = _decoder(source.size)
     pictures = []
     for _, path in files:
@@ -228,6 +228,11 @@ def _folder(source: FolderSource, split: str, data: Path | None) -> Read:
             raise RefError(f"{path} is not a picture: {error}") from error
     items = np.stack(pictures) if pictures else np.empty((0, source.size, source.size, 3), np.uint8)
     return items, np.array([i for i, _ in files], dtype=np.int64), classes
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files of a folder but those that desktops leave there."""
+    return [p for p in sorted(folder.glob("*")) if p.is_file() and p.name[0] != "." and p.name != "Thumbs.db"]
 
 
 def _tables(source: TableSource, split: str, data: Path | None) -> Read:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from merganser.errors import ParameterError
+from merganser.errors import ParameterError, StateError
 from merganser.study.data import Examples
 from merganser.study.heads import HeadFunction
 from merganser.study.networks import Encoder
@@ -68,7 +71,8 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
     steps_an_epoch = sum(len(batches(len(x), training.batch, 0, 0, 0)) for x in prepared.values())
     total = steps_an_epoch * training.epochs
-    losses = _resume(keep, encoder, optimizer)
+    run = _fingerprint(lessons, training, seed)
+    losses = _resume(keep, run, encoder, optimizer, device)
     for epoch in range(len(losses), training.epochs):
         step = epoch * steps_an_epoch
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
@@ -101,7 +105,7 @@ def train(
             if progress is not None:
                 progress(step, total)
         losses.append(summed / steps_an_epoch)
-        _remember(keep, encoder, optimizer, losses)
+        _remember(keep, run, encoder, optimizer, losses)
     encoder.eval()
     return losses
 
@@ -156,19 +160,31 @@ def _trainable(encoder: Encoder, freeze: tuple[str, ...]) -> list[torch.nn.Param
     return kept
 
 
-def _remember(keep: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+def _fingerprint(lessons: Mapping[str, Lesson], training: Training, seed: int) -> str:
+    """What a kept run must have been begun with to be gone on with: settings, seed and examples."""
+    digests = {name: lesson.examples.digest for name, lesson in lessons.items()}
+    content = {"seed": seed, "training": training.model_dump(mode="json"), "examples": digests}
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _remember(keep: Path, run: str, encoder: Encoder, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     keep.parent.mkdir(parents=True, exist_ok=True)
     beside = keep.with_suffix(".new")
-    content = {"network": encoder.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    content = {"run": run, "network": encoder.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
     torch.save(content, beside)
     os.replace(beside, keep)
 
 
-def _resume(keep: Path, encoder: Encoder, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Losses of the epochs that an earlier run finished."""
+def _resume(keep: Path, run: str, encoder: Encoder, optimizer: torch.optim.Optimizer, device: str) -> list[float]:
+    """Losses of the epochs that an earlier run with the same fingerprint finished."""
     if not keep.is_file():
         return []
-    content = torch.load(keep, weights_only=True)
+    try:
+        content = torch.load(keep, weights_only=True, map_location=device)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise StateError(f"{keep} is damaged: {error}", "remove it; the training then begins anew") from error
+    if content.get("run") != run:
+        return []
     encoder.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])
     return list(content["losses"])

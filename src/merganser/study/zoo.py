@@ -9,6 +9,7 @@ A folder that is there is done; what an interrupted run left unfinished goes on 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from merganser.checkpoints import open_source
-from merganser.checkpoints.writer import RECEIPT_NAME, CheckpointWriter
+from merganser.checkpoints.writer import RECEIPT_NAME, CheckpointWriter, write_json
 from merganser.errors import ParameterError, StateError
 from merganser.numerics import DTYPE_NAMES
 from merganser.study.composing import Plan, zoo_of
@@ -124,7 +125,9 @@ def _claim(folder: Path, zoo: Zoo, seed: int) -> None:
         raise StateError(f"{path} is damaged: {error}", "remove it if the models beside it are this zoo's") from error
     if known != content:
         raise StateError(f"{folder} holds a zoo of other settings", "name another folder with --zoo, or remove it")
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    beside = path.with_name(".zoo.json.new")
+    write_json(beside, content)
+    os.replace(beside, path)
 
 
 def _lesson(name: str, task: Task, data: Path | None, items: int | None) -> Lesson:

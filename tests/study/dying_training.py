@@ -35,8 +35,8 @@ def trained(folder: Path, progress: Progress | None = None) -> tuple[dict[str, t
     lessons = {name: Lesson(x, make_head(name, tasks[name], x.classes)) for name, x in examples.items()}
     torch.manual_seed(5)
     encoder = new_encoder(NETWORK)
-    losses = train(encoder, lessons, TRAINING, seed=7, keep=folder / "run.pt", progress=progress)
-    return encoder.state_dict(), losses
+    course = train(encoder, lessons, TRAINING, seed=7, keep=folder / "run.pt", progress=progress)
+    return encoder.state_dict(), course.losses
 
 
 def zoo_and_tasks(folder: Path) -> tuple[Zoo, TaskPool]:

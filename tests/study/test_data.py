@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from small_data import encoded, packed, task_of, write_encoded, write_npz
 
+from merganser.errors import RefError
 from merganser.study.data import Examples, Split, load_examples
 
 
@@ -135,6 +136,32 @@ def test_the_middle_square_of_a_picture_is_taken(tmp_path: Path, upright: bool) 
     task = task_of({"kind": "folder", "path": str(tmp_path), "size": 2})
     examples = load_examples("f", task, "test", None)
     assert np.array_equal(examples.items, np.broadcast_to(np.array([0, 200, 0]), (1, 2, 2, 3)))
+
+
+def test_a_picture_is_turned_as_its_exif_data_say(tmp_path: Path) -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    picture[0] = 200  # a bright upper edge
+    (tmp_path / "test/x").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter: the upper edge goes to the right
+    Image.fromarray(picture).save(tmp_path / "test/x/1.png", exif=exif)
+    found = load_examples("t", task_of({"kind": "folder", "path": str(tmp_path), "size": 4}), "test", None)
+    assert np.array_equal(found.items[0], np.rot90(picture, -1))
+
+
+def test_grey_pictures_of_16_bits_keep_their_upper_8(tmp_path: Path) -> None:
+    (tmp_path / "test/x").mkdir(parents=True)
+    deep = np.array([[0, 255], [256, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "test/x/1.png")
+    found = load_examples("t", task_of({"kind": "folder", "path": str(tmp_path), "size": 2}), "test", None)
+    assert found.items[0, :, :, 0].tolist() == [[0, 0], [1, 255]]
+
+
+def test_pictures_of_numbers_without_a_range_are_refused_by_path(tmp_path: Path) -> None:
+    (tmp_path / "test/x").mkdir(parents=True)
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "test/x/1.tiff")
+    with pytest.raises(RefError, match=r"1\.tiff is not a picture: .* mode F"):
+        load_examples("t", task_of({"kind": "folder", "path": str(tmp_path), "size": 2}), "test", None)
 
 
 def test_a_folders_splits_may_have_other_names(tmp_path: Path) -> None:

@@ -146,6 +146,12 @@ def test_a_score_names_its_examples_and_goes_through_json() -> None:
     assert Score(**json.loads(json.dumps(score.record()))) == score
 
 
+def test_a_score_of_some_examples_names_those() -> None:
+    paper = Paper(FIVE, same)
+    assert paper.judge(Speller(), count=2).digest == FIVE.first(2).digest != FIVE.digest
+    assert paper.judge(Speller(), count=9).digest == FIVE.digest
+
+
 def test_pictures_are_judged_by_a_real_network_as_its_logits_say() -> None:
     torch.manual_seed(0)
     encoder = new_encoder({"kind": "mlp", "image": 4, "hidden": 8, "depth": 1, "width": 3}).eval()

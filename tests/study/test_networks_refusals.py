@@ -109,7 +109,7 @@ def test_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["blocks.0.q.weight"], tensors["norm.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(MissingTensorError, match=r"lacks blocks\.0\.q\.weight and 1 other tensors") as caught:
+    with pytest.raises(MissingTensorError, match=r"lacks blocks\.0\.q\.weight, \S+, \.\.\. \(2 tensors\)") as caught:
         load_encoder(tmp_path)
     assert str(tmp_path) in caught.value.message
 

@@ -49,7 +49,7 @@ def test_the_loss_falls_and_new_pictures_are_told_apart(tmp_path: Path) -> None:
     encoder = network()
     losses = train(
         encoder, {"bars": bar_lesson(60)}, Training(epochs=6, lr=0.02, batch=10), seed=0, keep=tmp_path / "k"
-    )
+    ).losses
     assert len(losses) == 6
     assert losses[-1] < 0.2 * losses[0]
     assert Paper(bar_lesson(40, seed=9).examples, logits).judge(encoder).value == 100.0
@@ -68,7 +68,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_batches_of_the_smoothed_cross_ent
     log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
     each = [-0.9 * log_p[i, label] - 0.1 * log_p[i].mean() for i, label in enumerate(lesson.examples.labels)]
     training = Training(epochs=1, lr=1e-30, batch=4, label_smoothing=0.1)
-    (loss,) = train(encoder, {"bars": lesson}, training, seed=3, keep=tmp_path / "k")
+    (loss,) = train(encoder, {"bars": lesson}, training, seed=3, keep=tmp_path / "k").losses
     first, second = batches(6, 4, 3, 0, 0)
     expected = (np.mean([each[i] for i in first]) + np.mean([each[i] for i in second])) / 2
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -204,7 +204,7 @@ def test_half_of_the_pictures_are_mirrored() -> None:
 def test_bfloat16_training_learns_and_keeps_single_precision(tmp_path: Path) -> None:
     encoder = network()
     training = Training(epochs=6, lr=0.02, batch=10, bfloat16=True)
-    losses = train(encoder, {"bars": bar_lesson(60)}, training, seed=0, keep=tmp_path / "k")
+    losses = train(encoder, {"bars": bar_lesson(60)}, training, seed=0, keep=tmp_path / "k").losses
     assert losses[-1] < 0.3 * losses[0]
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
 
@@ -217,7 +217,7 @@ def test_a_vision_tower_of_clip_can_be_trained_on_moved_pictures(tmp_path: Path)
     encoder, (x, labels) = load_encoder(tmp_path), bars(20, size=8)
     lesson = Lesson(Examples(np.stack([x] * 3, axis=-1), np.array(labels), ("left", "right")), lambda z: z[:, :2])
     training = Training(epochs=4, lr=0.01, batch=10, shift=1)
-    losses = train(encoder, {"bars": lesson}, training, seed=0, keep=tmp_path / "k")
+    losses = train(encoder, {"bars": lesson}, training, seed=0, keep=tmp_path / "k").losses
     assert losses[-1] < losses[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,28 @@ def test_an_interrupted_network_with_dropout_gives_the_same_bits(tmp_path: Path,
     with pytest.raises(StopError):
         read_texts(base, tmp_path / "two.pt", stop=3)
     assert_same_bits(one, read_texts(base, tmp_path / "two.pt"))
+
+
+def test_training_leaves_the_global_generator_where_it_was(tmp_path: Path, base: Path) -> None:
+    torch.manual_seed(1)
+    encoder = load_encoder(base)
+    before = torch.get_rng_state()
+    train(encoder, {"t": Lesson(TEXTS, lambda z: z[:, :2])}, Training(epochs=1, lr=0.01), seed=0, keep=tmp_path / "k")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_seconds_of_an_interrupted_training_are_all_that_were_spent_on_kept_epochs(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by one second whenever it is read: a training reads it at the start and an epoch."""
+    clock = itertools.count()
+    monkeypatch.setattr("merganser.study.training.time.perf_counter", lambda: float(next(clock)))
+    with pytest.raises(StopError):
+        read_texts(base, tmp_path / "k", stop=3)  # 2 steps an epoch: one epoch, one second, is kept
+    next(clock)
+    lesson = {"t": Lesson(TEXTS, lambda z: z[:, :2])}
+    course = train(load_encoder(base), lesson, Training(epochs=3, lr=0.01, batch=4), seed=0, keep=tmp_path / "k")
+    assert (len(course.losses), course.seconds) == (3, 1 + 3)  # two more epochs and the end
 
 
 def test_another_seed_gives_other_bits(tmp_path: Path, base: Path) -> None:

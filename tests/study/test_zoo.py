@@ -49,8 +49,8 @@ def copied(made: Path, tmp_path: Path) -> Path:
 
 def again(made: Path, folder: Path, **changes: Any) -> None:
     node, tasks = zoo_and_tasks(made)
-    options = {"data": made / "data", "seed": 1, "bar": silent, **changes}
-    train_zoo(options.pop("zoo", node), tasks, folder, **options)
+    options = {"zoo": node, "tasks": tasks, "folder": folder, "data": made / "data", "seed": 1, "bar": silent}
+    train_zoo(**(options | changes))
 
 
 def weights(folder: Path) -> bytes:
@@ -158,13 +158,25 @@ def test_a_killed_zoo_goes_on_and_gives_the_same_bits(made: Path, killed: Path, 
     assert set(tree(folder / "zoo")) == set(tree(made / "zoo"))
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"zoo": {"finetuning": TUNING}}, {"zoo": {"name": "other"}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"zoo": {"finetuning": TUNING}},
+        {"zoo": {"name": "other"}},
+        {"zoo": {"changes": {"two": {"lr": 0.5}}}},
+        {"classes": ("up", "down")},
+    ],
+)
 def test_a_folder_that_holds_another_zoo_is_refused_and_left_alone(made: Path, copied: Path, change: Any) -> None:
+    node, tasks = zoo_and_tasks(made)
     if "zoo" in change:
-        node, _ = zoo_and_tasks(made)
         change = {"zoo": Zoo.model_validate(node.model_dump() | change["zoo"])}
+    if "classes" in change:
+        two = tasks.tasks["two"].model_copy(update=change)
+        change = {"tasks": tasks.model_copy(update={"tasks": tasks.tasks | {"two": two}})}
     before = tree(copied / "zoo")
-    with pytest.raises(StateError, match="holds a zoo of other settings") as caught:
+    with pytest.raises(StateError, match=r"holds a zoo with other (seed|finetuning|name|changes|tasks)") as caught:
         again(made, copied / "zoo", **change)
     assert str(copied / "zoo") in caught.value.message
     assert "--zoo" in (caught.value.hint or "")
@@ -198,6 +210,29 @@ def test_items_limit_an_experts_examples_to_the_first(tmp_path: Path) -> None:
     found = receipt(zoo / "experts/t")["tasks"]["t"]
     assert found["n"] == 7
     assert found["digest"] == load_examples("t", task, "train", tmp_path).first(7).digest
+
+
+def test_a_first_try_that_fails_before_training_claims_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RefError):
+        train_one(tmp_path, packed("missing"))
+    assert not (tmp_path / "zoo").exists()
+    train_one(tmp_path, bar_task(tmp_path))
+
+
+def test_the_fine_tuning_of_some_experts_may_be_changed(tmp_path: Path) -> None:
+    zoo, tasks = one_expert(bar_task(tmp_path), changes={"t": {"lr": 0.25, "epochs": 1}})
+    train_zoo(zoo, tasks, tmp_path / "zoo", data=tmp_path, bar=silent)
+    found = receipt(tmp_path / "zoo/experts/t")["training"]
+    assert found == zoo.finetuning.model_copy(update={"lr": 0.25, "epochs": 1}).model_dump(mode="json")
+
+
+def test_a_change_of_no_expert_or_of_no_setting_is_refused(tmp_path: Path) -> None:
+    task = bar_task(tmp_path)
+    with pytest.raises(ParameterError, match="changes tt, which is no task") as caught:
+        train_one(tmp_path, task, changes={"tt": {}})
+    assert caught.value.hint == "did you mean t?"
+    with pytest.raises(ValueError, match="rate"):
+        one_expert(task, changes={"t": {"rate": 0.25}})
 
 
 def text_task(folder: Path) -> Task:

@@ -94,9 +94,9 @@ def _method(
     node = _node(MethodNode, _compose([*(w for w in others if w[:7] != "method="), f"method={file}"], extra), "method")
     if variant is None:
         return node
-    said = ", ".join(f"{key} {value}" for key, value in variant.settings.items())
-    label = variant.label or f"{node.label}, {said}"
-    return node.model_copy(update={"settings": {**node.settings, **variant.settings}, "label": label, "source": ""})
+    said = ", ".join(f"{key} {value}" for key, value in (variant.settings | variant.fold).items())
+    changes = {"settings": node.settings | variant.settings, "fold": node.fold | variant.fold}
+    return node.model_copy(update={**changes, "label": variant.label or f"{node.label}, {said}", "source": ""})
 
 
 def _check_settings(node: MethodNode) -> None:

@@ -152,7 +152,18 @@ def _decoder(size: int | None = None) -> Callable[[bytes], npt.NDArray[np.uint8]
 
 
 def _square(image: Any, size: int | None) -> npt.NDArray[np.uint8]:
-    """RGB; where a size is given, the middle square of it, resized."""
+    """RGB, turned as its EXIF data say; where a size is given, the middle square of it, resized.
+
+    Raises:
+        OSError: If pixels are 32-bit numbers, whose range no file tells.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise OSError(f"its pixels are of mode {image.mode}, whose range is unknown; save it with 8 or 16 bits")
     image = image.convert("RGB")
     if size is not None:
         side = min(image.size)

@@ -27,7 +27,7 @@ class Score:
         n: how many examples.
         error: standard error over examples, in `unit`; NaN where none is known.
         unit: "%".
-        digest: sha256 of the examples.
+        digest: sha256 of the examples that were judged.
     """
 
     value: float
@@ -52,8 +52,8 @@ class Paper:
 
     def __init__(self, examples: Examples, head: HeadFunction, metric: str = "accuracy") -> None:
         self.examples, self.head, self.metric = examples, head, metric
-        self.digest = examples.digest
         self._prepared: list[Any] | None = None
+        self._digests: dict[int, str] = {}
 
     @torch.no_grad()
     def judge(
@@ -98,7 +98,13 @@ class Paper:
             if progress is not None:
                 progress(min(start + batch, len(order)), len(order))
         value, error = _measure(self.metric, answers, labels, len(self.examples.classes))
-        return Score(100 * value, len(labels), 100 * error, "%", self.digest)
+        return Score(100 * value, len(labels), 100 * error, "%", self._digest(len(labels)))
+
+    def _digest(self, count: int) -> str:
+        """Of the first so many examples."""
+        if count not in self._digests:
+            self._digests[count] = self.examples.first(count).digest
+        return self._digests[count]
 
 
 def _measure(metric: str, answers: Tensor, labels: Tensor, classes: int) -> tuple[float, float]:

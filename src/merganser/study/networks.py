@@ -10,6 +10,7 @@ import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +276,8 @@ def load_encoder(folder: Path, *, expert: Path | None = None) -> Encoder:
     except (OSError, ValueError, AttributeError) as error:
         raise RefError(f"{path} does not tell which network this is: {error}") from error
     if kind in OURS:
-        names = OURS[kind].__init__.__code__.co_varnames
-        encoder: Encoder = OURS[kind](**{k: v for k, v in config.items() if k in names})
+        sizes = signature(OURS[kind]).parameters
+        encoder: Encoder = OURS[kind](**{k: v for k, v in config.items() if k in sizes})
     elif kind.startswith("clip"):
         encoder = ClipVision(folder)
     elif kind in ("bert", "roberta", "mpnet", "distilbert", "electra", "xlm-roberta"):
@@ -290,7 +291,8 @@ def load_encoder(folder: Path, *, expert: Path | None = None) -> Encoder:
     found = _tensors(folder, wanted) | (_tensors(expert, wanted) if expert is not None else {})
     missing = [name for name in wanted if name not in found and not name.endswith(("position_ids", "token_type_ids"))]
     if missing:
-        raise MissingTensorError(f"{folder} lacks {missing[0]} and {len(missing) - 1} other tensors of its network")
+        more = f", {missing[1]}, ... ({len(missing)} tensors)" if len(missing) > 1 else ""
+        raise MissingTensorError(f"{folder} lacks {missing[0]}{more} of its network")
     for name, x in found.items():
         if x.shape != wanted[name].shape:
             shapes = f"{tuple(x.shape)}, and its configuration says {tuple(wanted[name].shape)}"

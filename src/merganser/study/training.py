@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -37,6 +38,14 @@ class Lesson:
     head: HeadFunction
 
 
+@dataclass(frozen=True)
+class Course:
+    """A finished training: the mean loss of every epoch, and the seconds that it took, interruptions left out."""
+
+    losses: list[float]
+    seconds: float
+
+
 def train(
     encoder: Encoder,
     lessons: Mapping[str, Lesson],
@@ -46,7 +55,7 @@ def train(
     keep: Path,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> list[float]:
+) -> Course:
     """Train in place, one pass over all lessons an epoch; every batch comes from one of them.
 
     Args:
@@ -59,7 +68,7 @@ def train(
         progress: called as (steps done, steps in all).
 
     Returns:
-        Mean loss of every epoch.
+        Losses and seconds; the global random generators are left as they were.
 
     Raises:
         ParameterError: If everything is frozen, or a pattern freezes nothing.
@@ -72,42 +81,42 @@ def train(
     steps_an_epoch = sum(len(batches(len(x), training.batch, 0, 0, 0)) for x in prepared.values())
     total = steps_an_epoch * training.epochs
     run = _fingerprint(lessons, training, seed)
-    losses = _resume(keep, run, encoder, optimizer, device)
+    losses, spent = _resume(keep, run, encoder, optimizer, device)
+    began = time.perf_counter() - spent
     for epoch in range(len(losses), training.epochs):
-        step = epoch * steps_an_epoch
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        torch.manual_seed(seed * 100_003 + epoch)  # dropout draws from the global generator
         order = [
             (name, places)
             for i, (name, items) in enumerate(prepared.items())
             for places in batches(len(items), training.batch, seed, epoch, i)
         ]
         summed = 0.0
-        for place in torch.randperm(len(order), generator=generator).tolist():
-            name, chosen = order[place]
-            items = [prepared[name][i] for i in chosen]
-            if training.shift or training.flip:
-                items = augmented(items, training.shift, training.flip, generator)
-            labels = torch.from_numpy(lessons[name].examples.labels[chosen]).to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = training.lr * schedule(step, total)
-            with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=training.bfloat16):
-                x = encoder.embed(items)
-            loss = functional.cross_entropy(
-                lessons[name].head(x.float()), labels, label_smoothing=training.label_smoothing
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
-            optimizer.step()
-            summed += float(loss.detach())
-            step += 1
-            if progress is not None:
-                progress(step, total)
+        with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+            torch.manual_seed(seed * 100_003 + epoch)  # dropout draws from the global generator
+            for step, place in enumerate(torch.randperm(len(order), generator=generator), epoch * steps_an_epoch):
+                name, chosen = order[int(place)]
+                items = [prepared[name][i] for i in chosen]
+                if training.shift or training.flip:
+                    items = augmented(items, training.shift, training.flip, generator)
+                labels = torch.from_numpy(lessons[name].examples.labels[chosen]).to(device)
+                for group in optimizer.param_groups:
+                    group["lr"] = training.lr * schedule(step, total)
+                with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=training.bfloat16):
+                    x = encoder.embed(items)
+                loss = functional.cross_entropy(
+                    lessons[name].head(x.float()), labels, label_smoothing=training.label_smoothing
+                )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+                optimizer.step()
+                summed += float(loss.detach())
+                if progress is not None:
+                    progress(step + 1, total)
         losses.append(summed / steps_an_epoch)
-        _remember(keep, run, encoder, optimizer, losses)
+        _remember(keep, run, encoder, optimizer, losses, time.perf_counter() - began)
     encoder.eval()
-    return losses
+    return Course(losses, time.perf_counter() - began)
 
 
 def batches(count: int, size: int, seed: int, epoch: int, lesson: int) -> list[list[int]]:
@@ -167,24 +176,34 @@ def _fingerprint(lessons: Mapping[str, Lesson], training: Training, seed: int) -
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _remember(keep: Path, run: str, encoder: Encoder, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+def _remember(
+    keep: Path, run: str, encoder: Encoder, optimizer: torch.optim.Optimizer, losses: list[float], seconds: float
+) -> None:
     keep.parent.mkdir(parents=True, exist_ok=True)
     beside = keep.with_suffix(".new")
-    content = {"run": run, "network": encoder.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+    content = {
+        "run": run,
+        "network": encoder.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "losses": losses,
+        "seconds": seconds,
+    }
     torch.save(content, beside)
     os.replace(beside, keep)
 
 
-def _resume(keep: Path, run: str, encoder: Encoder, optimizer: torch.optim.Optimizer, device: str) -> list[float]:
-    """Losses of the epochs that an earlier run with the same fingerprint finished."""
+def _resume(
+    keep: Path, run: str, encoder: Encoder, optimizer: torch.optim.Optimizer, device: str
+) -> tuple[list[float], float]:
+    """Losses of the epochs that an earlier run with the same fingerprint finished, and the seconds that they took."""
     if not keep.is_file():
-        return []
+        return [], 0.0
     try:
         content = torch.load(keep, weights_only=True, map_location=device)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise StateError(f"{keep} is damaged: {error}", "remove it; the training then begins anew") from error
     if content.get("run") != run:
-        return []
+        return [], 0.0
     encoder.load_state_dict(content["network"])
     optimizer.load_state_dict(content["optimizer"])
-    return list(content["losses"])
+    return list(content["losses"]), float(content["seconds"])

@@ -236,6 +236,7 @@ class Zoo(Node):
         start: reference of a base that is there already, instead.
         pretraining: of a base that is made here.
         finetuning: of every expert.
+        changes: of the fine-tuning of some experts, by task, such as {"sst2": {"lr": 4.0e-4}}.
     """
 
     name: str
@@ -244,6 +245,17 @@ class Zoo(Node):
     start: str | None = None
     pretraining: Pretraining | None = None
     finetuning: Training
+    changes: dict[str, dict[str, Any]] = {}
+
+    def finetuning_of(self, task: str) -> Training:
+        """How the expert of a task is trained."""
+        return Training.model_validate(self.finetuning.model_dump() | self.changes.get(task, {}))
+
+    @model_validator(mode="after")
+    def _changes(self) -> Zoo:
+        for task in self.changes:
+            self.finetuning_of(task)
+        return self
 
     @model_validator(mode="after")
     def _one_start(self) -> Zoo:
@@ -260,11 +272,13 @@ class Variant(Node):
     Attributes:
         of: a name in the group `method`.
         settings: over those of that method.
+        fold: options of `Fold.init` over those of that method.
         label: in tables; by default that of the method with the settings behind it.
     """
 
     of: str
     settings: Settings = {}
+    fold: dict[str, Any] = {}
     label: str | None = None
 
 

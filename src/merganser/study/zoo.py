@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from merganser.study.data import Examples, load_examples
 from merganser.study.heads import make_head
 from merganser.study.networks import Encoder, load_encoder, new_encoder, resolve
 from merganser.study.training import Lesson, Progress, train
-from merganser.study.words import Task, TaskPool, Training, Zoo
+from merganser.study.words import Pretraining, Task, TaskPool, Training, Zoo
 from merganser.types import TensorInfo
 from merganser.version import __version__
 
@@ -91,80 +92,106 @@ def train_zoo(
         StateError: If the folder holds another zoo.
         MerganserError: If data are missing, or tasks and network do not fit.
     """
-    _claim(folder, zoo, seed)
-    base = base_of(zoo, folder)
-    if zoo.pretraining is not None and not (base / "config.json").is_file():
-        assert zoo.network is not None
-        training = zoo.pretraining.training
-        lessons = {name: _lesson(name, task, data, training.items) for name, task in zoo.pretraining.tasks.items()}
-        for name in zoo.pretraining.little:
-            if name not in tasks.tasks:
-                raise ParameterError(
-                    f"zoo {zoo.name} wants a little of {name}, which is no task of {tasks.name}",
-                    f"its tasks: {', '.join(tasks.tasks)}",
-                )
-            lessons[f"little {name}"] = _lesson(name, tasks.tasks[name], data, zoo.pretraining.little_items)
-        torch.manual_seed(seed)
-        encoder = new_encoder(zoo.network)
-        _make(encoder, lessons, training, base, None, seed=seed, device=device, bar=bar)
+    for task in zoo.changes:
+        if task not in tasks.tasks:
+            near = get_close_matches(task, tasks.tasks, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"its tasks: {', '.join(tasks.tasks)}"
+            raise ParameterError(f"zoo {zoo.name} changes {task}, which is no task of {tasks.name}", hint)
+    making = _Making(zoo, tasks, folder, data, seed, device, bar)
+    making.check_claim()
+    if zoo.pretraining is not None and not (folder / "base" / "config.json").is_file():
+        making.base(zoo.pretraining)
     for name in only if only is not None else tasks.tasks:
-        task = tasks.tasks[name]
-        target = folder / "experts" / name
-        if not (target / "config.json").is_file():
-            lesson = _lesson(name, task, data, zoo.finetuning.items)
-            _make(load_encoder(base), {name: lesson}, zoo.finetuning, target, base, seed=seed, device=device, bar=bar)
+        if not (folder / "experts" / name / "config.json").is_file():
+            making.expert(name)
 
 
-def _claim(folder: Path, zoo: Zoo, seed: int) -> None:
-    """Write down what this zoo is; refuse to mix two."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, content = folder / "zoo.json", {"seed": seed, **zoo.model_dump(mode="json")}
-    try:
-        known = json.loads(path.read_text("utf-8")) if path.is_file() else content
-    except ValueError as error:
-        raise StateError(f"{path} is damaged: {error}", "remove it if the models beside it are this zoo's") from error
-    if known != content:
-        raise StateError(f"{folder} holds a zoo of other settings", "name another folder with --zoo, or remove it")
-    beside = path.with_name(".zoo.json.new")
-    write_json(beside, content)
-    os.replace(beside, path)
+@dataclass(frozen=True)
+class _Making:
+    """What `train_zoo` was asked for."""
 
+    zoo: Zoo
+    tasks: TaskPool
+    folder: Path
+    data: Path | None
+    seed: int
+    device: str
+    bar: Bar
 
-def _lesson(name: str, task: Task, data: Path | None, items: int | None) -> Lesson:
-    examples = load_examples(name, task, "train", data)
-    if items is not None:
-        examples = examples.first(items)
-    return Lesson(examples, make_head(name, task, examples.classes))
+    def _content(self) -> dict[str, Any]:
+        return {"seed": self.seed, **self.zoo.model_dump(mode="json"), "tasks": self.tasks.model_dump(mode="json")}
 
+    def check_claim(self) -> None:
+        """Refuse to mix two zoos."""
+        path, content = self.folder / "zoo.json", self._content()
+        try:
+            known = json.loads(path.read_text("utf-8")) if path.is_file() else content
+            changed = [key for key in content if known.get(key) != content[key]]
+        except (ValueError, AttributeError) as error:
+            raise StateError(
+                f"{path} is damaged: {error}", "remove it if the models beside it are this zoo's"
+            ) from error
+        if changed:
+            raise StateError(
+                f"{self.folder} holds a zoo with other {', '.join(changed)}", "name another folder with --zoo"
+            )
 
-def _make(
-    encoder: Encoder,
-    lessons: Mapping[str, Lesson],
-    training: Training,
-    target: Path,
-    base: Path | None,
-    *,
-    seed: int,
-    device: str,
-    bar: Bar,
-) -> None:
-    for name, lesson in lessons.items():
-        _check_head(name, encoder, lesson)
-    keep = target.parent / f".training-{target.name}" / "run.pt"
-    began = time.perf_counter()
-    with bar(target.name) as progress:
-        losses = train(encoder, lessons, training, seed=seed, keep=keep, device=device, progress=progress)
-    receipt = {
-        "merganser": __version__,
-        "torch": torch.__version__,
-        "seed": seed,
-        "training": training.model_dump(mode="json"),
-        "tasks": {name: _described(lesson.examples) for name, lesson in lessons.items()},
-        "losses": [round(loss, 6) for loss in losses],
-        "wall_s": round(time.perf_counter() - began, 1),
-    }
-    save_encoder(encoder, target, receipt, base)
-    shutil.rmtree(keep.parent)
+    def _claim(self) -> None:
+        """Write down what this zoo is, when all that can be checked before training has been."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / ".zoo.json.new"
+        write_json(beside, self._content())
+        os.replace(beside, self.folder / "zoo.json")
+
+    def base(self, pretraining: Pretraining) -> None:
+        """Make the base from its own tasks and a little of the pool's."""
+        assert self.zoo.network is not None
+        training = pretraining.training
+        lessons = {name: self._lesson(name, task, training.items) for name, task in pretraining.tasks.items()}
+        for name in pretraining.little:
+            if name not in self.tasks.tasks:
+                raise ParameterError(
+                    f"zoo {self.zoo.name} wants a little of {name}, which is no task of {self.tasks.name}",
+                    f"its tasks: {', '.join(self.tasks.tasks)}",
+                )
+            lessons[f"little {name}"] = self._lesson(name, self.tasks.tasks[name], pretraining.little_items)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(self.seed)
+            encoder = new_encoder(self.zoo.network)
+        self._make(encoder, lessons, training, self.folder / "base", None)
+
+    def expert(self, name: str) -> None:
+        """Tune the base on one task."""
+        base, training = base_of(self.zoo, self.folder), self.zoo.finetuning_of(name)
+        lesson = self._lesson(name, self.tasks.tasks[name], training.items)
+        self._make(load_encoder(base), {name: lesson}, training, self.folder / "experts" / name, base)
+
+    def _lesson(self, name: str, task: Task, items: int | None) -> Lesson:
+        examples = load_examples(name, task, "train", self.data)
+        if items is not None:
+            examples = examples.first(items)
+        return Lesson(examples, make_head(name, task, examples.classes))
+
+    def _make(
+        self, encoder: Encoder, lessons: Mapping[str, Lesson], training: Training, target: Path, base: Path | None
+    ) -> None:
+        for name, lesson in lessons.items():
+            _check_head(name, encoder, lesson)
+        self._claim()
+        keep = target.parent / f".training-{target.name}" / "run.pt"
+        with self.bar(target.name) as progress:
+            course = train(encoder, lessons, training, seed=self.seed, keep=keep, device=self.device, progress=progress)
+        receipt = {
+            "merganser": __version__,
+            "torch": torch.__version__,
+            "seed": self.seed,
+            "training": training.model_dump(mode="json"),
+            "tasks": {name: _described(lesson.examples) for name, lesson in lessons.items()},
+            "losses": [round(loss, 6) for loss in course.losses],
+            "wall_s": round(course.seconds, 1),
+        }
+        save_encoder(encoder, target, receipt, base)
+        shutil.rmtree(keep.parent)
 
 
 def _check_head(name: str, encoder: Encoder, lesson: Lesson) -> None:

@@ -1,0 +1,116 @@
+"""A spec is believed when random elements of its group leave the network's output as it is, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from merganser.symmetry.spec import Spec
+
+TOLERANCE = 1e-9
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Networks that cast to float32 on the way, as RMSNorm and attention often do, stay in float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = (tree_map(_widened, x) for x in (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _widened(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x in NARROW else x
+
+
+def failing(
+    network: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    spec: Spec,
+    *,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+) -> list[str]:
+    """Groups that change the output; none where the spec is sound.
+
+    Weights are taken with a little noise on all of them, since scales of one and biases of zero hide an order.
+
+    Args:
+        network: left as it is.
+        args: positional inputs.
+        kwargs: named inputs.
+        spec: to check.
+        seed: of the noise and of the group element.
+        tolerance: largest change, relative to the largest output.
+    """
+    if not spec.groups:
+        return []
+    judge = _Judge(network, args, kwargs, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    everything = spec.random(generator)
+    if judge.change(spec, everything) <= tolerance:
+        return []
+    suspects = [name for name in spec.groups if judge.change(spec, _only(spec, everything, [name])) > tolerance]
+    return suspects or list(spec.groups)  # sound one by one and not together: none can be kept
+
+
+def _only(spec: Spec, orders: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    return {**spec.identity(), **{name: orders[name] for name in names}}
+
+
+class _Judge:
+    """A network in float64, and what it gives."""
+
+    def __init__(self, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, seed: int) -> None:
+        self.network = copy.deepcopy(network).double().eval()
+        self.args, self.kwargs = (tree_map_only(Tensor, _double, x) for x in (tuple(args), dict(kwargs or {})))
+        generator = torch.Generator().manual_seed(seed)
+        named = {
+            **dict(self.network.named_parameters(remove_duplicate=False)),
+            **dict(self.network.named_buffers(remove_duplicate=False)),
+        }
+        known: dict[int, Tensor] = {}
+        for x in named.values():
+            if id(x) not in known:
+                known[id(x)] = _stirred(x.detach(), generator)
+        self.tensors = {name: known[id(x)] for name, x in named.items()}
+        self.reference = self._run(self.tensors)
+
+    def change(self, spec: Spec, orders: Mapping[str, Tensor]) -> float:
+        """Largest change of an output, relative to the largest output."""
+        moved = {n: spec.apply(orders, n, x) if n in spec.axes else x for n, x in self.tensors.items()}
+        worst = 0.0
+        for one, two in zip(self.reference, self._run(moved), strict=True):
+            if one.numel():
+                worst = max(worst, float((one - two).abs().max()) / max(float(one.abs().max()), 1e-300))
+        return worst if worst == worst else float("inf")
+
+    def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        wide = InDouble()  # type: ignore[no-untyped-call]
+        with torch.no_grad(), wide, torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            result = torch.func.functional_call(self.network, dict(tensors), self.args, self.kwargs, tie_weights=False)
+        leaves = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
+        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _stirred(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise of a tenth of the tensor's size; variances and other positive tensors stay positive."""
+    if not x.is_floating_point() or not x.numel():
+        return x
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+    if bool((x >= 0).all()) and bool((x > 0).any()):
+        return x * torch.exp(0.1 * noise)
+    scale = float(x.square().mean().sqrt()) or 0.1
+    return x + 0.1 * scale * noise

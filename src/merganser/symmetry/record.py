@@ -1,0 +1,192 @@
+"""Record one run of a network: which operation made which tensor from which, down to ATen.
+
+The run may be on any device, `meta` included, where no weight needs memory. A network that torch.export can take apart
+may be recorded from the exported graph instead; both give the same kind of record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Origin = Literal["parameter", "buffer", "input", "constant", "activation"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the run.
+
+    Attributes:
+        number: unique in a record.
+        shape: of the tensor.
+        origin: what it is.
+        floating: whether it holds real numbers.
+    """
+
+    number: int
+    shape: tuple[int, ...]
+    origin: Origin
+    floating: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation.
+
+    Attributes:
+        op: its name without overload, such as "addmm".
+        args: by the names of its schema, every tensor a `Value`; defaults included.
+        outputs: tensors that it gave.
+        place: name of the module that was running.
+    """
+
+    op: str
+    args: Mapping[str, Any]
+    outputs: tuple[Value, ...]
+    place: str
+
+
+@dataclass
+class Record:
+    """A run, in order.
+
+    Attributes:
+        calls: operations.
+        values: all tensors by number.
+        names: of parameters and buffers; tied ones are one value of several names.
+        outputs: what the network gave.
+        branches: operations whose results a network may have taken a branch by.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    names: dict[str, Value] = field(default_factory=dict)
+    outputs: tuple[Value, ...] = ()
+    branches: list[str] = field(default_factory=list)
+
+
+#: Operations that hand numbers to Python, or whose results have a shape that depends on numbers.
+BRANCHES = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "equal", "is_nonzero")
+
+
+def record_run(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Record:
+    """Record one run in evaluation mode, without gradients; the network is left in the mode it was in.
+
+    Args:
+        network: any network.
+        args: its positional inputs; tensors may be nested in lists, tuples and dicts.
+        kwargs: its named inputs.
+    """
+    recorder = _Recorder(network)
+    recorder.enter({"args": args, "kwargs": dict(kwargs or {})}, "input")
+    modes = {module: module.training for module in network.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    hooks = [
+        hook
+        for name, module in network.named_modules()
+        for hook in (module.register_forward_pre_hook(recorder.into(name)), module.register_forward_hook(recorder.out))
+    ]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody can look into
+        network.eval()
+        with torch.no_grad(), recorder:
+            result = network(*args, **dict(kwargs or {}))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    leaves = [x for x in tree_leaves(_plain(result)) if isinstance(x, Tensor)]
+    recorder.record.outputs = tuple(recorder.value(x, "constant") for x in leaves)
+    return recorder.record
+
+
+def _plain(result: Any) -> Any:
+    """Outputs of transformers are dataclasses that are also mappings."""
+    return dict(result) if isinstance(result, Mapping) else result
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every ATen operation of a run."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = Record()
+        self._seen: dict[int, Value] = {}
+        self._alive: list[Tensor] = []  # so that no address is used twice
+        self._places: list[str] = []
+        named = {"parameter": network.named_parameters, "buffer": network.named_buffers}
+        by_storage: dict[Any, Value] = {}
+        stored = network.state_dict(keep_vars=True)
+        for origin, tensors in named.items():
+            for name, x in tensors(remove_duplicate=False):
+                if name not in stored:
+                    continue  # made anew by whoever builds the network: a constant
+                key = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride())
+                if key not in by_storage:
+                    by_storage[key] = self._new(x, origin)  # type: ignore[arg-type]
+                self._seen[id(x)] = self.record.names[name] = by_storage[key]
+                self._alive.append(x)
+
+    def enter(self, tree: Any, origin: Origin) -> None:
+        """Make the tensors of a tree known."""
+        for x in tree_leaves(tree):
+            if isinstance(x, Tensor):
+                self.value(x, origin)
+
+    def value(self, x: Tensor, origin: Origin) -> Value:
+        """The value of a tensor; a new one of that origin where it is unknown."""
+        if id(x) not in self._seen:
+            self._seen[id(x)] = self._new(x, origin)
+            self._alive.append(x)
+        return self._seen[id(x)]
+
+    def _new(self, x: Tensor, origin: Origin) -> Value:
+        value = Value(len(self.record.values), tuple(x.shape), origin, x.is_floating_point())
+        self.record.values.append(value)
+        return value
+
+    def into(self, name: str) -> Callable[..., None]:
+        """A hook for when a module begins."""
+
+        def hook(module: nn.Module, args: Any) -> None:
+            self._places.append(name)
+
+        return hook
+
+    def out(self, module: nn.Module, args: Any, result: Any) -> None:
+        """A hook for when a module ends."""
+        self._places.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        taken = {a.name: a.default_value for a in schema.arguments}
+        taken |= dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        op = func._opname if hasattr(func, "_opname") else schema.name.partition("::")[2]
+        named = tree_map_only(Tensor, lambda x: self.value(x, "constant"), taken)
+        result = func(*args, **kwargs)
+        if op in BRANCHES:
+            self.record.branches.append(f"{op} in {self._place()}")
+        written = [taken[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        for x in (x for x in written if isinstance(x, Tensor)):
+            self._seen[id(x)] = self._new(x, "activation")
+            op = f"{op.removesuffix('_')}!" if self._shared(x) else op.removesuffix("_")
+        outputs = tuple(self.value(x, "activation") for x in tree_leaves(result) if isinstance(x, Tensor))
+        self.record.calls.append(Call(op, named, outputs, self._place()))
+        return result
+
+    def _shared(self, x: Tensor) -> bool:
+        """Whether a tensor that is written into has other views, which change with it unseen."""
+        storage = x.untyped_storage()._cdata
+        return any(other is not x and other.untyped_storage()._cdata == storage for other in self._alive)
+
+    def _place(self) -> str:
+        return next((place for place in reversed(self._places) if place), "the network")

@@ -1,0 +1,69 @@
+"""Normalisation: the axis that is normalised may be in any order, as long as its scales are in the same."""
+
+from __future__ import annotations
+
+from merganser.symmetry.flow import Flow, Rule
+from merganser.symmetry.record import Call, Value
+
+
+def layer_norm(flow: Flow, call: Call) -> None:
+    """LayerNorm and RMSNorm over the last axes."""
+    x = call.args["input"]
+    axes = flow.of(x)
+    for name in ("weight", "bias"):
+        scale = call.args.get(name)
+        if isinstance(scale, Value):
+            for i, axis in enumerate(flow.of(scale)):
+                flow.unify(axis, axes[len(axes) - len(scale.shape) + i])
+                flow.role(scale, i, "additive" if name == "bias" else "scale")
+    flow.set(call.outputs[0], axes)
+    count = len(call.args.get("normalized_shape", (1,)))
+    for value in call.outputs[1:]:
+        kept = [flow.atoms.new(size, pinned="a statistic") for size in value.shape[len(axes) - count :]]
+        flow.set(value, [*axes[: len(axes) - count], *kept])
+
+
+def batch_norm(flow: Flow, call: Call) -> None:
+    """One scale, shift, mean and variance a channel."""
+    axes = flow.of(call.args["input"])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        scale = call.args.get(name)
+        if isinstance(scale, Value):
+            flow.unify(flow.of(scale)[0], axes[1])
+            flow.role(scale, 0, "additive" if name in ("bias", "running_mean") else "scale")
+    flow.set(call.outputs[0], axes)
+    for value in call.outputs[1:]:
+        flow.fix(value, "a statistic")
+
+
+def group_norm(flow: Flow, call: Call) -> None:
+    """Channels are groups of channels: groups may change places whole, and channels within a group."""
+    axes = list(flow.of(call.args["input"]))
+    channels = call.args.get("group", call.args.get("num_groups"))
+    flow.atoms.split(axes[1], channels)
+    for name in ("weight", "bias"):
+        scale = call.args.get(name)
+        if isinstance(scale, Value):
+            flow.unify(flow.of(scale)[0], axes[1])
+            flow.role(scale, 0, "additive" if name == "bias" else "scale")
+    flow.set(call.outputs[0], axes)
+    for value in call.outputs[1:]:
+        flow.fix(value, "a statistic")
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm"), layer_norm),
+    **dict.fromkeys(
+        (
+            "native_batch_norm",
+            "_native_batch_norm_legit_no_training",
+            "_native_batch_norm_legit",
+            "batch_norm",
+            "cudnn_batch_norm",
+            "miopen_batch_norm",
+            "_batch_norm_no_update",
+        ),
+        batch_norm,
+    ),
+    **dict.fromkeys(("native_group_norm", "group_norm"), group_norm),
+}

@@ -1,0 +1,249 @@
+"""Which orders of a network's units leave its function as it is: as data, for any tensor by its name.
+
+A group is a set of units in one order. An axis of a tensor is made of groups:
+
+    5                          five entries in a fixed order
+    "fc1"                      the units of group fc1
+    {"product": [a, b, ..]}    row-major: b within each place of a
+    {"sum": [a, b, ..]}        one after the other
+
+A group may lie `within` another: then it has an order of its own for each place of that one (wreath product), as the
+units of an attention head have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merganser.errors import ParameterError, ShapeError
+
+#: A part of an axis, as in JSON.
+Part = int | str | dict[str, Any]
+#: Group -> for every new place the old one: shape (size,), or (size of the outer group, size) where it lies within one.
+Orders = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that may change places.
+
+    Attributes:
+        size: how many.
+        within: the group for each place of which it has an order of its own.
+    """
+
+    size: int
+    within: str | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The permutation symmetries of a network.
+
+    Attributes:
+        groups: by name.
+        axes: of every parameter and buffer, by its name.
+        roles: what every axis does: producer, consumer, additive, scale, or none that is known.
+        pinned: for every tensor and axis with units that cannot move: why.
+    """
+
+    groups: Mapping[str, Group]
+    axes: Mapping[str, tuple[Part, ...]]
+    roles: Mapping[str, tuple[str | None, ...]]
+    pinned: Mapping[str, str]
+
+    def members(self, group: str) -> list[tuple[str, int]]:
+        """Tensors and axes that a group moves."""
+        return [(n, i) for n, axes in self.axes.items() for i, axis in enumerate(axes) if group in groups_in(axis)]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: tuple(self.size(axis) for axis in axes) for name, axes in self.axes.items()}
+
+    def size(self, part: Part) -> int:
+        """Number of units of a part."""
+        if isinstance(part, int):
+            return part
+        if isinstance(part, str):
+            return self.groups[part].size
+        return prod(map(self.size, part["product"])) if "product" in part else sum(map(self.size, part["sum"]))
+
+    def places(self, group: str) -> tuple[int, ...]:
+        """Shape of an order of a group."""
+        found = self.groups[group]
+        return (found.size,) if found.within is None else (self.groups[found.within].size, found.size)
+
+    def identity(self) -> dict[str, Tensor]:
+        """The order that everything is in."""
+        return {name: torch.arange(g.size).expand(self.places(name)).clone() for name, g in self.groups.items()}
+
+    def random(self, generator: torch.Generator, only: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """A random element of the whole group, or of some groups alone."""
+        orders = self.identity()
+        for name in self.groups if only is None else only:
+            noise = torch.rand(self.places(name), generator=generator)
+            orders[name] = noise.argsort(dim=-1)
+        return orders
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse tensors that this is not the symmetry of.
+
+        Raises:
+            ShapeError: Names the first tensor that is missing or of another shape.
+        """
+        for name, shape in self.shapes().items():
+            if name not in shapes:
+                raise ShapeError(f"{name} is not there; the symmetries are those of another network")
+            if tuple(shapes[name]) != shape:
+                raise ShapeError(f"{name} is {tuple(shapes[name])}, and the symmetries are those of one of {shape}")
+
+    def apply(self, orders: Orders, name: str, x: Tensor) -> Tensor:
+        """A tensor with its units in another order.
+
+        Args:
+            orders: of every group.
+            name: of the tensor.
+            x: the tensor.
+        """
+        parts = self.axes[name]
+        moved = [axis for axis, part in enumerate(parts) if any(True for _ in groups_in(part))]
+        # an axis that tells another's orders apart goes first: those orders are by its new places
+        for axis in sorted(moved, key=lambda axis: self._governor(parts, axis) is not None):
+            x = self._along(orders, name, x, axis)
+        return x
+
+    def _along(self, orders: Orders, name: str, x: Tensor, axis: int) -> Tensor:
+        parts = self.axes[name]
+        outer = self._governor(parts, axis)
+        if outer is None:
+            places = self._index(parts[axis], orders, 1, {})[0]
+            return x.index_select(axis, places.to(x.device))
+        other, group = outer  # an order for each place of a group that another axis holds
+        places = self._index(parts[axis], orders, x.shape[other], {group: self._places_of(parts[other], group)})
+        shape = [1] * x.ndim
+        shape[other], shape[axis] = places.shape
+        places = (places if other < axis else places.T).reshape(shape)
+        return x.take_along_dim(places.to(x.device), dim=axis)
+
+    def _governor(self, parts: Sequence[Part], axis: int) -> tuple[int, str] | None:
+        """The other axis that tells which of its orders a group of this one is in."""
+        for group in groups_in(parts[axis]):
+            within = self.groups[group].within
+            if within is not None and within not in groups_in(parts[axis]):
+                return next(i for i, part in enumerate(parts) if within in groups_in(part)), within
+        return None
+
+    def _places_of(self, part: Part, group: str) -> Tensor:
+        """For every place of a part: the place in a group, or -1."""
+        if isinstance(part, dict) and "sum" in part:
+            return torch.cat([self._places_of(p, group) for p in part["sum"]])
+        factors = part["product"] if isinstance(part, dict) else [part]
+        where = torch.full((1,), -1)
+        for factor in factors:
+            mine = torch.arange(self.size(factor)) if factor == group else torch.full((self.size(factor),), -1)
+            where = torch.maximum(where[:, None], mine[None]).reshape(-1)
+        return where
+
+    def _index(self, part: Part, orders: Orders, rows: int, known: Mapping[str, Tensor]) -> Tensor:
+        """For every new place of a part, the old one, shape (rows, size); `known` holds each row's place in a group."""
+        if isinstance(part, int):
+            return torch.arange(part).expand(rows, part)
+        if isinstance(part, str):
+            order, within = orders[part], self.groups[part].within
+            return order.expand(rows, -1) if within is None else order[known[within]]
+        if "sum" in part:
+            pieces, start = [], 0
+            for p in part["sum"]:
+                pieces.append(self._index(p, orders, rows, known) + start)
+                start += self.size(p)
+            return torch.cat(pieces, dim=1)
+        index, here = torch.zeros(rows, dtype=torch.int64), dict(known)
+        for factor in part["product"]:
+            size = self.size(factor)
+            inside = self._index(factor, orders, len(index), here)
+            index = (index[:, None] * size + inside).reshape(-1)
+            here = {group: places.repeat_interleave(size) for group, places in here.items()}
+            if isinstance(factor, str):
+                here[factor] = torch.arange(size).repeat(len(index) // size)
+        return index.reshape(rows, -1)
+
+    def compose(self, first: Orders, then: Orders) -> dict[str, Tensor]:
+        """One order that does what two do, one after the other."""
+        done: dict[str, Tensor] = {}
+        for name, group in self.groups.items():
+            if group.within is None:
+                done[name] = first[name][then[name]]
+            else:
+                blocks = first[name][then[group.within]]  # the block that is now at each place, in its own order
+                done[name] = blocks.gather(1, then[name])
+        return done
+
+    def inverse(self, orders: Orders) -> dict[str, Tensor]:
+        """The order that undoes another."""
+        done: dict[str, Tensor] = {}
+        for name, group in self.groups.items():
+            back = orders[name].argsort(dim=-1)
+            done[name] = back if group.within is None else back[orders[group.within].argsort()]
+        return done
+
+    # as text
+
+    def to_json(self) -> str:
+        """All of it, as text."""
+        groups = {n: {"size": g.size, **({"within": g.within} if g.within else {})} for n, g in self.groups.items()}
+        content = {"groups": groups, "axes": self.axes, "roles": self.roles, "pinned": self.pinned}
+        return json.dumps({"merganser_symmetry": 1, **content}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """What `to_json` gave.
+
+        Raises:
+            ParameterError: If the text is something else.
+        """
+        try:
+            content = json.loads(text)
+            if content["merganser_symmetry"] != 1:
+                raise ParameterError(f"these symmetries are of format {content['merganser_symmetry']}; known is 1")
+            groups = {str(n): Group(int(g["size"]), g.get("within")) for n, g in content["groups"].items()}
+            axes = {n: tuple(map(partial(_checked, groups=groups), parts)) for n, parts in content["axes"].items()}
+            roles = {n: tuple(r) for n, r in content["roles"].items()}
+            pinned = {str(n): str(why) for n, why in content["pinned"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ParameterError(
+                f"this is no file of symmetries: {error!r}", "merganser symmetry show writes one"
+            ) from error
+        for name, group in groups.items():
+            if group.size < 1 or (group.within is not None and group.within not in groups):
+                raise ParameterError(f"group {name} has size {group.size} and lies within {group.within}")
+        return cls(groups, axes, roles, pinned)
+
+
+def _checked(part: Any, groups: Mapping[str, Group]) -> Part:
+    if isinstance(part, bool) or (isinstance(part, str) and part not in groups):
+        raise ValueError(f"{part!r} is no group")
+    if isinstance(part, dict):
+        ((kind, parts),) = part.items()
+        if kind not in ("product", "sum"):
+            raise ValueError(f"{kind!r} is neither product nor sum")
+        return {kind: [_checked(p, groups) for p in parts]}
+    if not isinstance(part, int | str):
+        raise TypeError(f"{part!r} is no part of an axis")
+    return part
+
+
+def groups_in(part: Part) -> Iterator[str]:
+    """Names of the groups in a part of an axis."""
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, dict):
+        for inner in next(iter(part.values())):
+            yield from groups_in(inner)

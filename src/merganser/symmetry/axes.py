@@ -83,7 +83,8 @@ class Atoms:
         parts = [self.canonical(part) for part in axis.parts]
         if isinstance(axis, Family):
             index = self.canonical(axis.index)
-            return Family(index, tuple(parts)) if isinstance(index, int) else parts[0]
+            alike = not isinstance(index, int) or all(part == parts[0] for part in parts)
+            return parts[0] if alike else Family(index, tuple(parts))
         if isinstance(axis, Sum):
             flat = [p for part in parts for p in (part.parts if isinstance(part, Sum) else (part,))]
             flat = [p for p in flat if self.size(p)]
@@ -141,8 +142,8 @@ class Atoms:
             return
         if self.size(one) != self.size(two):
             raise AssertionError(f"{why}: axes of {self.size(one)} and {self.size(two)} units")
-        if not isinstance(one, int) and isinstance(two, int):
-            one, two = two, one
+        if isinstance(two, int) and (not isinstance(one, int) or (two in self.pins and one not in self.pins)):
+            one, two = two, one  # what was free keeps its number, and the record of why it no longer is
         if isinstance(one, int):
             self._bind(one, two, why)
         elif isinstance(one, Family) or isinstance(two, Family):

@@ -83,8 +83,9 @@ class Atoms:
         parts = [self.canonical(part) for part in axis.parts]
         if isinstance(axis, Family):
             index = self.canonical(axis.index)
-            alike = not isinstance(index, int) or all(part == parts[0] for part in parts)
-            return parts[0] if alike else Family(index, tuple(parts))
+            if isinstance(index, int) and any(part != parts[0] for part in parts):
+                return Family(index, tuple(parts))
+            return parts[0]
         if isinstance(axis, Sum):
             flat = [p for part in parts for p in (part.parts if isinstance(part, Sum) else (part,))]
             flat = [p for p in flat if self.size(p)]

@@ -81,7 +81,7 @@ def without(spec: Spec, names: Sequence[str]) -> Spec:
         for i, part in enumerate(parts)
         if any(g in names for g in groups_in(part))
     }
-    return Spec(groups, axes, spec.roles, pinned)
+    return Spec(groups, axes, spec.roles, pinned, spec.tied)
 
 
 def coverage(network: nn.Module, spec: Spec) -> float:

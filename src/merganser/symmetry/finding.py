@@ -135,7 +135,11 @@ def _spec(flow: Flow) -> Spec:
         name: tuple(flow.roles.get((value.number, i)) for i in range(len(value.shape)))
         for name, value in record.names.items()
     }
-    return Spec(groups, spec_axes, roles, pinned)
+    first: dict[int, str] = {}
+    for name, value in record.names.items():
+        first.setdefault(value.number, name)
+    tied = {name: first[value.number] for name, value in record.names.items() if first[value.number] != name}
+    return Spec(groups, spec_axes, roles, pinned, tied)
 
 
 def _part(axis: Axis, flow: Flow, names: dict[int, str]) -> Part:

@@ -26,13 +26,15 @@ class Value:
         number: unique in a record.
         shape: of the tensor.
         origin: what it is.
-        floating: whether it holds real numbers.
+        stride: entries of memory from one place of an axis to the next.
+        offset: of its first entry in that memory.
     """
 
     number: int
     shape: tuple[int, ...]
     origin: Origin
-    floating: bool
+    stride: tuple[int, ...]
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._seen[id(x)]
 
     def _new(self, x: Tensor, origin: Origin) -> Value:
-        value = Value(len(self.record.values), tuple(x.shape), origin, x.is_floating_point())
+        value = Value(len(self.record.values), tuple(x.shape), origin, x.stride(), x.storage_offset())
         self.record.values.append(value)
         return value
 
@@ -175,18 +177,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if op in BRANCHES:
             self.record.branches.append(f"{op} in {self._place()}")
-        written = [taken[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        for x in (x for x in written if isinstance(x, Tensor)):
-            self._seen[id(x)] = self._new(x, "activation")
-            op = f"{op.removesuffix('_')}!" if self._shared(x) else op.removesuffix("_")
+        if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+            # Written in place: whoever holds a view of it sees axes that are the same, whatever is in them now.
+            op = op.removesuffix("_")
         outputs = tuple(self.value(x, "activation") for x in tree_leaves(result) if isinstance(x, Tensor))
         self.record.calls.append(Call(op, named, outputs, self._place()))
         return result
-
-    def _shared(self, x: Tensor) -> bool:
-        """Whether a tensor that is written into has other views, which change with it unseen."""
-        storage = x.untyped_storage()._cdata
-        return any(other is not x and other.untyped_storage()._cdata == storage for other in self._alive)
 
     def _place(self) -> str:
         return next((place for place in reversed(self._places) if place), "the network")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from typing import Any
@@ -53,12 +53,14 @@ class Spec:
         axes: of every parameter and buffer, by its name.
         roles: what every axis does: producer, consumer, additive, scale, or none that is known.
         pinned: for every tensor and axis with units that cannot move: why.
+        tied: names of tensors that are another one, and the name of that.
     """
 
     groups: Mapping[str, Group]
     axes: Mapping[str, tuple[Part, ...]]
     roles: Mapping[str, tuple[str | None, ...]]
     pinned: Mapping[str, str]
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def members(self, group: str) -> list[tuple[str, int]]:
         """Tensors and axes that a group moves."""
@@ -80,6 +82,10 @@ class Spec:
         """Shape of an order of a group."""
         found = self.groups[group]
         return (found.size,) if found.within is None else (self.groups[found.within].size, found.size)
+
+    def inner(self, group: str) -> list[str]:
+        """Groups that have an order of their own for each place of a group."""
+        return [name for name, g in self.groups.items() if g.within == group]
 
     def identity(self) -> dict[str, Tensor]:
         """The order that everything is in."""
@@ -127,7 +133,7 @@ class Spec:
             places = self._index(parts[axis], orders, 1, {})[0]
             return x.index_select(axis, places.to(x.device))
         other, group = outer  # an order for each place of a group that another axis holds
-        places = self._index(parts[axis], orders, x.shape[other], {group: self._places_of(parts[other], group)})
+        places = self._index(parts[axis], orders, x.shape[other], {group: self.places_in(parts[other], group)})
         shape = [1] * x.ndim
         shape[other], shape[axis] = places.shape
         places = (places if other < axis else places.T).reshape(shape)
@@ -141,14 +147,15 @@ class Spec:
                 return next(i for i, part in enumerate(parts) if within in groups_in(part)), within
         return None
 
-    def _places_of(self, part: Part, group: str) -> Tensor:
-        """For every place of a part: the place in a group, or -1."""
+    def places_in(self, part: Part, group: str) -> Tensor:
+        """For every place of a part: the place in a group, or -1; shape (size,)."""
         if isinstance(part, dict) and "sum" in part:
-            return torch.cat([self._places_of(p, group) for p in part["sum"]])
-        factors = part["product"] if isinstance(part, dict) else [part]
+            return torch.cat([self.places_in(p, group) for p in part["sum"]])
+        if not isinstance(part, dict):
+            return torch.arange(self.size(part)) if part == group else torch.full((self.size(part),), -1)
         where = torch.full((1,), -1)
-        for factor in factors:
-            mine = torch.arange(self.size(factor)) if factor == group else torch.full((self.size(factor),), -1)
+        for factor in part["product"]:
+            mine = self.places_in(factor, group)
             where = torch.maximum(where[:, None], mine[None]).reshape(-1)
         return where
 
@@ -199,7 +206,7 @@ class Spec:
     def to_json(self) -> str:
         """All of it, as text."""
         groups = {n: {"size": g.size, **({"within": g.within} if g.within else {})} for n, g in self.groups.items()}
-        content = {"groups": groups, "axes": self.axes, "roles": self.roles, "pinned": self.pinned}
+        content = {"groups": groups, "axes": self.axes, "roles": self.roles, "pinned": self.pinned, "tied": self.tied}
         return json.dumps({"merganser_symmetry": 1, **content}, indent=1)
 
     @classmethod
@@ -216,7 +223,7 @@ class Spec:
             groups = {str(n): Group(int(g["size"]), g.get("within")) for n, g in content["groups"].items()}
             axes = {n: tuple(map(partial(_checked, groups=groups), parts)) for n, parts in content["axes"].items()}
             roles = {n: tuple(r) for n, r in content["roles"].items()}
-            pinned = {str(n): str(why) for n, why in content["pinned"].items()}
+            pinned, tied = ({str(n): str(x) for n, x in content[key].items()} for key in ("pinned", "tied"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ParameterError(
                 f"this is no file of symmetries: {error!r}", "merganser symmetry show writes one"
@@ -224,7 +231,7 @@ class Spec:
         for name, group in groups.items():
             if group.size < 1 or (group.within is not None and group.within not in groups):
                 raise ParameterError(f"group {name} has size {group.size} and lies within {group.within}")
-        return cls(groups, axes, roles, pinned)
+        return cls(groups, axes, roles, pinned, tied)
 
 
 def _checked(part: Any, groups: Mapping[str, Group]) -> Part:

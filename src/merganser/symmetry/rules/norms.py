@@ -51,6 +51,16 @@ def group_norm(flow: Flow, call: Call) -> None:
         flow.fix(value, "a statistic")
 
 
+def weight_norm(flow: Flow, call: Call) -> None:
+    """A weight as direction and length: lengths are along one axis, the others may be in any order."""
+    direction, length, dim = call.args["v"], call.args["g"], call.args.get("dim", 0)
+    axes = flow.of(direction)
+    flow.unify(axes[dim], flow.of(length)[dim])
+    flow.set(call.outputs[0], axes)
+    for value in call.outputs[1:]:
+        flow.set(value, flow.of(length))
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm"), layer_norm),
     **dict.fromkeys(
@@ -66,4 +76,5 @@ RULES: dict[str, Rule] = {
         batch_norm,
     ),
     **dict.fromkeys(("native_group_norm", "group_norm"), group_norm),
+    "_weight_norm_interface": weight_norm,
 }

@@ -86,6 +86,17 @@ def ordered(flow: Flow, call: Call) -> None:
         )
 
 
+def gated(flow: Flow, call: Call) -> None:
+    """One half of an axis gates the other: both halves are equal."""
+    source = call.args["self"]
+    dim = call.args["dim"] % len(source.shape)
+    axes = list(flow.of(source))
+    one, two = flow.atoms.cut(axes[dim], [source.shape[dim] // 2])
+    flow.unify(one, two)
+    axes[dim] = one
+    flow.set(call.outputs[0], axes)
+
+
 def along(flow: Flow, call: Call) -> None:
     """Softmax and its kind: every entry sees all others of its axis, in any order."""
     flow.set(call.outputs[0], flow.of(call.args["self"]))
@@ -147,4 +158,5 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(ORDERED, ordered),
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), along),
     **dict.fromkeys(IMAGE, image),
+    "glu": gated,
 }

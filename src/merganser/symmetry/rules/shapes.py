@@ -47,6 +47,16 @@ def reshape(flow: Flow, call: Call) -> None:
         flow.set(value, regrouped(flow, flow.of(source), value.shape))
 
 
+def restrided(flow: Flow, call: Call) -> None:
+    """as_strided, where it says nothing new: pooling uses it to mark a memory format."""
+    (value,), source = call.outputs, call.args["self"]
+    same = value.shape == source.shape and value.offset == source.offset
+    if same and all(n == 1 or a == b for n, a, b in zip(value.shape, value.stride, source.stride, strict=True)):
+        flow.set(value, flow.of(source))
+    else:
+        flow.give_up("as_strided")
+
+
 def permute(flow: Flow, call: Call) -> None:
     """Axes in another order."""
     axes, dims = flow.of(call.args["self"]), call.args["dims"]
@@ -278,9 +288,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("transpose", "t", "transpose_", "swapaxes"), transpose),
     **dict.fromkeys(("squeeze", "unsqueeze"), squeeze),
     **dict.fromkeys(("select", "unbind"), select),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), split),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"), split),
     **dict.fromkeys(("index_select", "index_add"), index_along),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), shuffle),
+    "as_strided": restrided,
     "permute": permute,
     "expand": expand,
     "repeat": repeat,

@@ -1,0 +1,1 @@
+"""Networks that started apart, brought into one order of units."""

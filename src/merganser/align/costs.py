@@ -1,0 +1,190 @@
+"""How alike two networks' units are: from their weights, from their activations, or from both.
+
+For units i of one network and j of another, over everything that touches them:
+
+    Frobenius   c_ij = sum_l a_il b_jl                                           (Git Re-Basin, arXiv:2209.04836, eq. 4)
+    Pearson     c_ij = cov(a_i, b_j) / (sigma_i sigma_j), 0 for a unit that is always the same
+    dual        balance * weights + (1 - balance) * activations, both Pearson     (MuDSC, arXiv:2403.01753, eq. 7)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from merganser.symmetry import Orders, Spec
+from merganser.symmetry.spec import groups_in
+
+Similarity = Literal["frobenius", "pearson"]
+
+
+@dataclass
+class Moments:
+    """First and second moments of two networks' units over the same entries.
+
+    Attributes:
+        cross: sum of products, shape (*places, n, n): units of the one by units of the other.
+        sums: sums of entries of either network's units, shape (*, n).
+        squares: sums of their squares.
+        count: entries a unit.
+    """
+
+    cross: Tensor
+    sums: tuple[Tensor, Tensor]
+    squares: tuple[Tensor, Tensor]
+    count: int = 0
+
+    def frobenius(self) -> Tensor:
+        """Inner products."""
+        return self.cross
+
+    def pearson(self) -> Tensor:
+        """Correlations, in [-1, 1]."""
+        n = max(self.count, 1)
+        deviations = []
+        for sums, squares in zip(self.sums, self.squares, strict=True):
+            variance = squares / n - (sums / n).square()
+            constant = variance <= 1e-12 * squares / n  # rounding of a unit that never changes
+            deviations.append(torch.where(constant, torch.inf, variance.clamp(min=0).sqrt()))
+        (a, b), (s, t) = self.sums, deviations
+        if self.cross.ndim == 2:
+            covariance = self.cross / n - a[:, None] * b[None] / n**2
+            return covariance / (s[:, None] * t[None])
+        covariance = self.cross / n - a[:, None, :, None] * b[None, :, None, :] / n**2
+        return covariance / (s[:, None, :, None] * t[None, :, None, :])
+
+
+def similar(moments: Moments, kind: Similarity) -> Tensor:
+    """Similarity of all pairs of units."""
+    return moments.frobenius() if kind == "frobenius" else moments.pearson()
+
+
+@dataclass(frozen=True)
+class WeightCosts:
+    """Similarities of two networks' units by their weights, in float64.
+
+    Attributes:
+        spec: symmetries of both.
+        a: tensors of the network that stays.
+        b: tensors of the network that moves.
+        kind: of similarity.
+    """
+
+    spec: Spec
+    a: Mapping[str, Tensor]
+    b: Mapping[str, Tensor]
+    kind: Similarity = "frobenius"
+
+    def units(self, group: str, orders: Orders) -> Tensor:
+        """Similarity of a group's units where all other groups of b are in their order: shape (n, n).
+
+        Inner groups keep the order that they have in each unit of the group. Where the group has inner groups, entries
+        that those move are left out.
+        """
+        moments = None
+        attached = self._attached(group, orders)
+        inner = set(self.spec.inner(group))
+        for name in self._tensors(group):
+            for axis, part in enumerate(self.spec.axes[name]):
+                here = set(groups_in(part))
+                elsewhere = {g for other in self.spec.axes[name] for g in groups_in(other)}
+                if group not in here or (inner & (elsewhere - here)):
+                    continue
+                places = self.spec.places_in(part, group)
+                for other in inner & here:
+                    places = torch.where(self.spec.places_in(part, other) >= 0, -1, places)
+                if bool((places >= 0).any()):
+                    x, y = (
+                        _unfold(t, axis, places) for t in (self.a[name], self.spec.apply(attached, name, self.b[name]))
+                    )
+                    moments = _grown(moments, x, y)
+        size = self.spec.groups[group].size
+        return torch.zeros(size, size, dtype=torch.float64) if moments is None else similar(moments, self.kind)
+
+    def inner_units(self, group: str, orders: Orders) -> Tensor:
+        """Similarity of an inner group's units, for every pair of places of its outer group.
+
+        Returns:
+            Shape (outer, outer, n, n): [i, k] compares place i of a with what is place k of b before its outer group
+            moves. The outer group's other inner groups keep the order that they have in each of its units.
+        """
+        within = self.spec.groups[group].within
+        assert within is not None
+        attached = {**self._attached(within, orders), group: self.spec.identity()[group]}
+        moments = None
+        for name in self._tensors(group):
+            axes = self.spec.axes[name]
+            moved = self.spec.apply(attached, name, self.b[name])
+            for axis, part in enumerate(axes):
+                if group in groups_in(part):
+                    other = next(i for i in (axis, *range(len(axes))) if within in groups_in(axes[i]))
+                    x, y = (
+                        _unfold_two(
+                            t,
+                            (other, self.spec.places_in(axes[other], within)),
+                            (axis, self.spec.places_in(part, group)),
+                        )
+                        for t in (self.a[name], moved)
+                    )
+                    moments = _grown(moments, x, y)
+        assert moments is not None
+        return similar(moments, self.kind)
+
+    def objective(self, orders: Orders) -> float:
+        """Sum of <a, b in that order> over all tensors that may move."""
+        names = [n for n, parts in self.spec.axes.items() if any(True for p in parts for _ in groups_in(p))]
+        return float(
+            sum((self.a[n].double() * self.spec.apply(orders, n, self.b[n]).double()).sum() for n in self._own(names))
+        )
+
+    def _tensors(self, group: str) -> list[str]:
+        return self._own(list(dict.fromkeys(name for name, _ in self.spec.members(group))))
+
+    def _own(self, names: list[str]) -> list[str]:
+        """Floating tensors, tied ones once."""
+        return [n for n in names if n not in self.spec.tied and n in self.a and self.a[n].is_floating_point()]
+
+    def _attached(self, group: str, orders: Orders) -> dict[str, Tensor]:
+        """Orders in which a group has not moved, and its inner groups are as they are in each of its units."""
+        back = orders[group].argsort()
+        attached = {**orders, group: torch.arange(len(back))}
+        return attached | {name: orders[name][back] for name in self.spec.inner(group)}
+
+
+def _unfold(x: Tensor, axis: int, places: Tensor) -> Tensor:
+    """Everything that touches each unit, shape (units, entries), in float64."""
+    units = int(places.max()) + 1
+    order = places.argsort(stable=True)[int((places < 0).sum()) :]
+    return x.index_select(axis, order.to(x.device)).movedim(axis, 0).reshape(units, -1).double()
+
+
+def _unfold_two(x: Tensor, outer: tuple[int, Tensor], inner: tuple[int, Tensor]) -> Tensor:
+    """Everything that touches each inner unit of each place, shape (places, units, entries), in float64."""
+    (first, blocks), (second, units) = outer, inner
+    count, size = int(blocks.max()) + 1, int(units.max()) + 1
+    if first == second:
+        joined = torch.where(units >= 0, blocks * size + units, -1)
+        return _unfold(x, first, joined).reshape(count, size, -1)
+    x = x.index_select(first, blocks.argsort(stable=True)[int((blocks < 0).sum()) :])
+    x = x.index_select(second, units.argsort(stable=True)[int((units < 0).sum()) :])
+    x = x.movedim((first, second), (0, 1))
+    x = x.reshape(count, x.shape[0] // count, size, x.shape[1] // size, *x.shape[2:])
+    return x.movedim(2, 1).reshape(count, size, -1).double()
+
+
+def _grown(moments: Moments | None, x: Tensor, y: Tensor) -> Moments:
+    """Moments with more entries; x and y are (units, entries) or (places, units, entries)."""
+    cross = x @ y.T if x.ndim == 2 else torch.einsum("ial,kbl->ikab", x, y)
+    new = Moments(cross, (x.sum(-1), y.sum(-1)), (x.square().sum(-1), y.square().sum(-1)), x.shape[-1])
+    if moments is None:
+        return new
+    return Moments(
+        moments.cross + new.cross,
+        (moments.sums[0] + new.sums[0], moments.sums[1] + new.sums[1]),
+        (moments.squares[0] + new.squares[0], moments.squares[1] + new.squares[1]),
+        moments.count + new.count,
+    )

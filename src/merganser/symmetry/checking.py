@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
+from merganser.symmetry.record import Output, tensors_of
 from merganser.symmetry.spec import Spec
 
 TOLERANCE = 1e-9
@@ -35,6 +36,7 @@ def failing(
     kwargs: Mapping[str, Any] | None,
     spec: Spec,
     *,
+    output: Output | None = None,
     seed: int = 0,
     tolerance: float = TOLERANCE,
 ) -> list[str]:
@@ -47,12 +49,13 @@ def failing(
         args: positional inputs.
         kwargs: named inputs.
         spec: to check.
+        output: what of the result must stay as it is; by default all of it.
         seed: of the noise and of the group element.
         tolerance: largest change, relative to the largest output.
     """
     if not spec.groups:
         return []
-    judge = _Judge(network, args, kwargs, seed)
+    judge = _Judge(network, args, kwargs, output, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     everything = spec.random(generator)
     if judge.change(spec, everything) <= tolerance:
@@ -68,7 +71,15 @@ def _only(spec: Spec, orders: Mapping[str, Tensor], names: Sequence[str]) -> dic
 class _Judge:
     """A network in float64, and what it gives."""
 
-    def __init__(self, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, seed: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        output: Output | None,
+        seed: int,
+    ) -> None:
+        self.output = output
         self.network = copy.deepcopy(network).double().eval()
         self.args, self.kwargs = (tree_map_only(Tensor, _double, x) for x in (tuple(args), dict(kwargs or {})))
         generator = torch.Generator().manual_seed(seed)
@@ -97,8 +108,7 @@ class _Judge:
         with torch.no_grad(), wide, torch.random.fork_rng([]):
             torch.manual_seed(0)
             result = torch.func.functional_call(self.network, dict(tensors), self.args, self.kwargs, tie_weights=False)
-        leaves = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
-        return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+        return [x for x in tensors_of(result, self.output) if x.is_floating_point()]
 
 
 def _double(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from merganser.symmetry.checking import failing
 from merganser.symmetry.finding import find
-from merganser.symmetry.record import record_run
+from merganser.symmetry.record import Output, record_run
 from merganser.symmetry.spec import Part, Spec, groups_in
 
 
@@ -41,6 +41,7 @@ def symmetries(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    output: Output | None = None,
     check: bool = True,
     seed: int = 0,
 ) -> Symmetries:
@@ -50,13 +51,14 @@ def symmetries(
         network: any network; it is run once in evaluation mode and left as it is.
         args: positional inputs, such as a batch of two pictures.
         kwargs: named inputs.
+        output: what of the result must stay as it is, such as `lambda result: result.logits`; by default all of it.
         check: run it three times more, in float64, to see that random group elements leave the output as it is; groups
             that do not are left out. A network on `meta` cannot be checked.
         seed: of the check.
     """
-    found = find(record_run(network, args, kwargs))
+    found = find(record_run(network, args, kwargs, output))
     spec, unsound = found.spec, tuple[str, ...]()
-    while check and (bad := failing(network, args, kwargs, spec, seed=seed)):
+    while check and (bad := failing(network, args, kwargs, spec, output=output, seed=seed)):
         unsound += tuple(bad)
         spec = without(spec, bad)
     return Symmetries(spec, unsound, found.unknown, found.unused, coverage(network, spec), check)

@@ -77,13 +77,28 @@ class Record:
 BRANCHES = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "equal", "is_nonzero")
 
 
-def record_run(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Record:
+#: What of a network's result must stay as it is.
+Output = Callable[[Any], Any]
+
+
+def tensors_of(result: Any, output: Output | None) -> list[Tensor]:
+    """Tensors that a network gives; outputs of transformers are dataclasses that are also mappings."""
+    if output is not None:
+        result = output(result)
+    leaves = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
+    return [x for x in leaves if isinstance(x, Tensor)]
+
+
+def record_run(
+    network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, output: Output | None = None
+) -> Record:
     """Record one run in evaluation mode, without gradients; the network is left in the mode it was in.
 
     Args:
         network: any network.
         args: its positional inputs; tensors may be nested in lists, tuples and dicts.
         kwargs: its named inputs.
+        output: what of the result must stay as it is; by default all of it.
     """
     recorder = _Recorder(network)
     recorder.enter({"args": args, "kwargs": dict(kwargs or {})}, "input")
@@ -105,14 +120,8 @@ def record_run(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    leaves = [x for x in tree_leaves(_plain(result)) if isinstance(x, Tensor)]
-    recorder.record.outputs = tuple(recorder.value(x, "constant") for x in leaves)
+    recorder.record.outputs = tuple(recorder.value(x, "constant") for x in tensors_of(result, output))
     return recorder.record
-
-
-def _plain(result: Any) -> Any:
-    """Outputs of transformers are dataclasses that are also mappings."""
-    return dict(result) if isinstance(result, Mapping) else result
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -151,7 +160,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._seen[id(x)]
 
     def _new(self, x: Tensor, origin: Origin) -> Value:
-        value = Value(len(self.record.values), tuple(x.shape), origin, x.stride(), x.storage_offset())
+        value = Value(len(self.record.values), tuple(x.shape), origin, x.stride(), int(x.storage_offset()))
         self.record.values.append(value)
         return value
 

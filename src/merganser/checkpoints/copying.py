@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from merganser.checkpoints import open_source
 from merganser.checkpoints.overlap import refuse_overlap
@@ -55,6 +56,32 @@ def copy_checkpoint(
     source = renamed_by(open_source(ref), rename)
     source = cast(source, dtype) if dtype else source
     refuse_overlap(out, [ref])
+    receipt = {"source": ref, "dtype": dtype, "rename": list(rename)}
+    write_source(source, out, receipt, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress)
+
+
+def write_source(
+    source: Source,
+    out: Path,
+    receipt: Mapping[str, Any],
+    *,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a source as a safetensors folder, tensor by tensor.
+
+    Args:
+        source: what is written.
+        out: folder to make.
+        receipt: what its receipt says beside versions and digests.
+        shard_bytes: size in bytes at which the next file is begun.
+        overwrite: replace a folder that is there.
+        progress: called as (bytes done, bytes in all).
+
+    Raises:
+        MerganserError: If the source cannot be read or the folder not be written; then nothing is there.
+    """
     total, done = sum(info.nbytes for info in source.infos.values()), 0
     with CheckpointWriter(
         out, source.infos, aliases=source.aliases, shard_bytes=shard_bytes, overwrite=overwrite
@@ -64,5 +91,4 @@ def copy_checkpoint(
             done += info.nbytes
             if progress is not None:
                 progress(done, total)
-        receipt = {"merganser": __version__, "source": ref, "dtype": dtype, "rename": list(rename)}
-        writer.commit(receipt | {"outputs": writer.digests()}, source.companions())
+        writer.commit({"merganser": __version__, **receipt, "outputs": writer.digests()}, source.companions())

@@ -8,10 +8,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from merganser.cli.align import align
 from merganser.cli.checkpoint import convert, inspect
 from merganser.cli.fold import app as fold_app
 from merganser.cli.methods import methods
 from merganser.cli.study import study
+from merganser.cli.symmetry import app as symmetry_app
 from merganser.cli.zoo import app as zoo_app
 from merganser.version import __version__
 
@@ -37,7 +39,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 a check found something wrong; 2 the input cannot be used, and nothing was changed.",
 )
 app.add_typer(fold_app, name="fold")
+app.add_typer(symmetry_app, name="symmetry")
 app.add_typer(zoo_app, name="zoo")
+app.command()(align)
 app.command()(study)
 app.command()(methods)
 app.command()(inspect)

@@ -99,17 +99,23 @@ class Spec:
             orders[name] = noise.argsort(dim=-1)
         return orders
 
-    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+    def moves(self, name: str) -> bool:
+        """Whether some group moves a tensor."""
+        return any(True for part in self.axes[name] for _ in groups_in(part))
+
+    def check(self, shapes: Mapping[str, Sequence[int]], ref: str) -> None:
         """Refuse tensors that this is not the symmetry of.
 
         Raises:
-            ShapeError: Names the first tensor that is missing or of another shape.
+            ShapeError: Names the first tensor of another shape.
         """
-        for name, shape in self.shapes().items():
-            if name not in shapes:
-                raise ShapeError(f"{name} is not there; the symmetries are those of another network")
-            if tuple(shapes[name]) != shape:
-                raise ShapeError(f"{name} is {tuple(shapes[name])}, and the symmetries are those of one of {shape}")
+        expected = self.shapes()
+        for name, shape in shapes.items():
+            if tuple(shape) != expected[name]:
+                raise ShapeError(
+                    f"{name} of {ref} is {tuple(shape)}, and the symmetries are those of one of {expected[name]}",
+                    "they are another network's",
+                )
 
     def apply(self, orders: Orders, name: str, x: Tensor) -> Tensor:
         """A tensor with its units in another order.

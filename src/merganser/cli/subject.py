@@ -1,0 +1,178 @@
+"""A network and inputs to run it once, from what a person names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from merganser.errors import MerganserError, ParameterError, RefError
+
+if TYPE_CHECKING:
+    from merganser.symmetry.record import Output
+
+#: Examples and places of a sequence: numbers that no size of a network is likely to be.
+BATCH, LENGTH = 2, 7
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to trace.
+
+    Attributes:
+        network: with any weights.
+        args: positional inputs.
+        kwargs: named inputs.
+        output: what of the result must stay.
+    """
+
+    network: Any
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    output: Output | None = None
+
+
+def subject(model: str, shape: tuple[int, ...] | None) -> Subject:
+    """What `MODEL` names: `package.module:name`, `path/file.py:name`, or a folder with a `config.json`.
+
+    Args:
+        model: a callable gives a network, or (network, args), or (network, args, kwargs).
+        shape: of one input of random numbers, for a network without inputs of its own.
+
+    Raises:
+        RefError: If there is no such module, file, name or folder.
+        ParameterError: If what is there is no network, or inputs are missing.
+    """
+    path, colon, name = model.rpartition(":")
+    if colon and not Path(model).exists():
+        return _made(model, _named(path, name), shape)
+    return _from_config(Path(model), shape)
+
+
+def _named(path: str, name: str) -> Any:
+    if path.endswith(".py"):
+        module = _from_file(Path(path))
+    else:
+        try:
+            module = importlib.import_module(path)
+        except ImportError as error:
+            raise RefError(f"{path} cannot be imported: {error}", "name a file as path/file.py:name") from error
+    if not hasattr(module, name):
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, dir(module), n=1)
+        raise RefError(f"{path} has no {name}", f"did you mean {near[0]}?" if near else None)
+    return getattr(module, name)
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RefError(f"{path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _made(model: str, made: Any, shape: tuple[int, ...] | None) -> Subject:
+    import torch
+    from torch import nn
+
+    if not isinstance(made, nn.Module | tuple):
+        if not callable(made) or (inspect.isclass(made) and not issubclass(made, nn.Module)):
+            raise ParameterError(f"{model} is a {type(made).__name__}; it must be a network or give one")
+        try:
+            made = made()
+        except TypeError as error:
+            raise ParameterError(f"{model} cannot be called without arguments: {error}") from error
+    network, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) > 1 else (made, None, {})
+    if not isinstance(network, nn.Module):
+        raise ParameterError(f"{model} gives a {type(network).__name__}; it must give a network")
+    if args is None:
+        if shape is None:
+            raise ParameterError(
+                f"{model} gives a network without inputs",
+                "--input 2,3,32,32, or give (network, args) from the callable",
+            )
+        args = (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
+    return Subject(network, tuple(args), dict(kwargs))
+
+
+def _from_config(folder: Path, shape: tuple[int, ...] | None) -> Subject:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RefError(
+            f"{folder} is no folder with a config.json", "or name code: package.module:name, path/file.py:name"
+        )
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        kind = str(content["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RefError(f"{path} does not tell which network this is: {error}") from error
+    if kind.startswith("merganser-"):
+        return _ours(folder, shape)
+    return _transformer(folder, content)
+
+
+def _ours(folder: Path, shape: tuple[int, ...] | None) -> Subject:
+    import numpy as np
+
+    from merganser.study.networks import load_encoder
+
+    encoder: Any = load_encoder(folder)
+    side = shape[-1] if shape else encoder.image
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8)
+    encoder.forward = encoder.embed
+    return Subject(encoder, (encoder.prepare(pixels),))
+
+
+def _transformer(folder: Path, content: Mapping[str, Any]) -> Subject:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MerganserError(f"{folder} needs transformers", 'pip install "merganser[study]"') from error
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = content.get("architectures") or []
+    kind: Any = getattr(transformers, names[0], None) if names else None
+    network = kind(config) if kind is not None else transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+
+    def output(result: Any) -> Any:
+        return result.logits if hasattr(result, "logits") else result
+
+    return Subject(network, (), _inputs(network, config), output)
+
+
+def _inputs(network: Any, config: Any) -> dict[str, Any]:
+    """Random inputs of a network of transformers, by the name of its main input."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    part = getattr(config, "vision_config", None) or getattr(config, "text_config", None) or config
+    ids = torch.randint(0, getattr(part, "vocab_size", 2), (BATCH, LENGTH), generator=generator)
+    main = network.main_input_name
+    takes = inspect.signature(network.forward).parameters
+    if main == "input_ids":
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given |= {"decoder_input_ids": ids} if "decoder_input_ids" in takes else {}
+    elif main == "pixel_values":
+        size = getattr(part, "image_size", 32)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        given = {main: torch.randn(BATCH, getattr(part, "num_channels", 3), height, width, generator=generator)}
+    else:
+        raise ParameterError(
+            f"{type(network).__name__} takes {main}, which is not made here",
+            "name code that gives (network, args, kwargs): path/file.py:name",
+        )
+    return {name: x for name, x in given.items() if name in takes} | (
+        {"use_cache": False} if "use_cache" in takes else {}
+    )

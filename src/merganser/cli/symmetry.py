@@ -1,0 +1,102 @@
+"""`merganser symmetry`: which orders of a network's units leave it as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merganser.cli.show import console
+
+if TYPE_CHECKING:
+    from merganser.symmetry import Symmetries
+
+app = typer.Typer(help="Permutation symmetries of any network, found by tracing one run of it.", no_args_is_help=True)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder with a config.json, or code that gives a network: package.module:name, path/file.py:name.",
+    ),
+]
+Input = Annotated[
+    str | None, typer.Option("--input", metavar="2,3,32,32", help="Shape of one input, where MODEL gives none.")
+]
+Check = Annotated[
+    bool, typer.Option("--check/--no-check", help="See in float64 that random orders leave the output as it is.")
+]
+
+
+@app.command()
+def show(
+    model: Model,
+    shape: Input = None,
+    check: Check = True,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write them to a file as well.")] = None,
+    pinned: Annotated[bool, typer.Option("--pinned", help="List every axis that cannot move, and why.")] = False,
+) -> None:
+    """Print the groups of units that may change places, what share of the parameters they move, and what is fixed.
+
+    Weights are not needed: what may move is a matter of the network alone. The command runs the code of MODEL.
+
+    merganser symmetry show path/to/checkpoint
+    merganser symmetry show my_networks.py:resnet20 --input 2,3,32,32 --json resnet20.json
+    """
+    found = traced(model, shape, check=check)
+    _print(found, pinned=pinned)
+    if json is not None:
+        json.write_text(found.spec.to_json() + "\n", "utf-8")
+        console().print(f"{json}: written")
+    if found.unsound:
+        raise typer.Exit(1)
+
+
+def traced(model: str, shape: str | None, *, check: bool = True) -> Symmetries:
+    """The symmetries of what MODEL names.
+
+    Raises:
+        MerganserError: If it names nothing that can be run.
+    """
+    from merganser.cli.subject import subject
+    from merganser.errors import ParameterError
+    from merganser.symmetry import symmetries
+
+    try:
+        sizes = tuple(int(n) for n in shape.split(",")) if shape else None
+    except ValueError as error:
+        raise ParameterError(f"--input is {shape!r}; it is a shape such as 2,3,32,32") from error
+    it = subject(model, sizes)
+    try:
+        return symmetries(it.network, it.args, it.kwargs, output=it.output, check=check)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ParameterError(f"{model} cannot be run on these inputs: {error}", "give others with --input") from error
+
+
+def _print(found: Symmetries, *, pinned: bool) -> None:
+    from collections import Counter
+
+    from rich.table import Table
+
+    spec, out = found.spec, console()
+    table = Table("group", "units", "within", "moves", box=None, pad_edge=False)
+    for name, group in spec.groups.items():
+        members = [f"{tensor}[{axis}]" for tensor, axis in spec.members(name)]
+        more = f" and {len(members) - 2} more" if len(members) > 2 else ""
+        table.add_row(name, str(group.size), group.within or "", ", ".join(members[:2]) + more)
+    out.print(table)
+    sound = "self-check passed" if found.checked else "not checked"
+    out.print(f"{len(spec.groups)} groups move {found.coverage:.1%} of the parameters; {sound}")
+    for name in found.unsound:
+        out.print(f"refused by the self-check: {name}")
+    for op in found.unknown:
+        out.print(f"no rule for {op}: what it met is fixed")
+    for name in found.unused:
+        out.print(f"not used in this run, and fixed: {name}")
+    if pinned:
+        for place, why in spec.pinned.items():
+            out.print(f"{place}: {why}")
+    else:
+        for why, count in Counter(spec.pinned.values()).most_common(5):
+            out.print(f"fixed  {count} axes: {why}")

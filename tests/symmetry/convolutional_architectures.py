@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tiny import CLASSES, Builder, pictures, tiny
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from tiny import CLASSES, Builder, pictures, tiny
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def conv(
@@ -57,7 +58,7 @@ class ZeroPadded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         more = x.shape[1] // 2
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, more, more))
+        return functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, more, more))
 
 
 def basic(i: int, o: int, stride: int, *, padded: bool = False) -> nn.Module:
@@ -65,7 +66,9 @@ def basic(i: int, o: int, stride: int, *, padded: bool = False) -> nn.Module:
     same = i == o and stride == 1
     shortcut = ZeroPadded() if padded else conv(i, o, 1, stride=stride, act=None)
     return Residual(
-        nn.Sequential(conv(i, o, stride=stride), conv(o, o, act=None)), None if same else shortcut, nn.ReLU(inplace=True)
+        nn.Sequential(conv(i, o, stride=stride), conv(o, o, act=None)),
+        None if same else shortcut,
+        nn.ReLU(inplace=True),
     )
 
 
@@ -136,17 +139,19 @@ class EfficientChannels(nn.Module):
         return x * torch.sigmoid(self.conv(means)).transpose(1, 2).unsqueeze(-1)
 
 
-def bottleneck(i: int, inner: int, o: int, *, stride: int = 1, groups: int = 1, last: nn.Module | None = None) -> nn.Module:
+def bottleneck(
+    i: int, inner: int, o: int, *, stride: int = 1, groups: int = 1, last: nn.Module | None = None
+) -> nn.Module:
     """1x1, 3x3, 1x1."""
     branch = [conv(i, inner, 1), conv(inner, inner, stride=stride, groups=groups), conv(inner, o, 1, act=None)]
     shortcut = None if i == o else conv(i, o, 1, stride=stride, act=None)
     return Residual(nn.Sequential(*branch, *([last] if last else [])), shortcut, nn.ReLU(inplace=True))
 
 
-def bottlenecks(groups: int = 1, inner: int = 16, channels: type[nn.Module] | None = None, **options: int) -> nn.Module:
+def bottlenecks(groups: int = 1, inner: int = 16, channels: Callable[[], nn.Module] | None = None) -> nn.Module:
     """ResNet-50, ResNeXt, RegNet, SE-ResNet or ECA-Net, by what its blocks hold."""
     blocks = [
-        bottleneck(i, inner, 40, stride=s, groups=groups, last=channels(**options) if channels else None)
+        bottleneck(i, inner, 40, stride=s, groups=groups, last=channels() if channels else None)
         for i, s in ((24, 2), (40, 1))
     ]
     return nn.Sequential(conv(3, 24), nn.MaxPool2d(3, 2, 1), *blocks, head(40))
@@ -316,49 +321,24 @@ def convnext() -> nn.Module:
     return nn.Sequential(*stem, NextBlock(16), NextBlock(16), *down, NextBlock(24), *last)
 
 
-# pictures to pictures
+class SelectiveKernels(nn.Module):
+    """SKNet: a softmax between two branches, channel by channel."""
 
-
-class UNet(nn.Module):
-    """U-Net of two scales."""
-
-    def __init__(self) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.down, self.middle = (nn.Sequential(conv(i, o), conv(o, o)) for i, o in ((3, 16), (16, 32)))
-        self.up = nn.ConvTranspose2d(32, 16, 2, 2)
-        self.last = nn.Sequential(conv(32, 16), conv(16, 16), nn.Conv2d(16, 5, 1))
+        self.branches = nn.ModuleList(conv(width, width, k, groups=4) for k in (3, 5))
+        self.squeeze, self.choose = nn.Linear(width, inner), nn.Linear(inner, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        skip = self.down(x)
-        up = self.up(self.middle(F.max_pool2d(skip, 2)))
-        return self.last(torch.cat([skip, up], 1))
+        both = torch.stack([branch(x) for branch in self.branches], 1)
+        code = torch.relu(self.squeeze(both.sum(1).mean((2, 3))))
+        share = self.choose(code).view(len(x), 2, -1).softmax(1)
+        return (both * share[..., None, None]).sum(1)
 
 
-def super_resolution() -> nn.Module:
-    """EDSR: residual blocks without a norm, then sub-pixel convolution."""
-
-    def block() -> nn.Module:
-        return Residual(nn.Sequential(nn.Conv2d(16, 24, 3, 1, 1), nn.ReLU(), nn.Conv2d(24, 16, 3, 1, 1)))
-
-    body = Residual(nn.Sequential(block(), block(), nn.Conv2d(16, 16, 3, 1, 1)))
-    up = [nn.Conv2d(16, 48, 3, 1, 1), nn.PixelShuffle(2), nn.PReLU(12), nn.Conv2d(12, 3, 3, 1, 1)]
-    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), body, *up)
-
-
-def generator() -> nn.Module:
-    """DCGAN: transposed convolutions from a vector."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (12, 1, 1))]
-    for i, o, stride, padding in ((12, 24, 1, 0), (24, 16, 2, 1)):
-        layers += [nn.ConvTranspose2d(i, o, 4, stride, padding, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
-    return nn.Sequential(*layers, nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.Tanh())
-
-
-def autoencoder() -> nn.Module:
-    """Convolutional autoencoder with a code of 20 numbers."""
-    encoder = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU(), nn.Flatten()]
-    code = [nn.Linear(24 * 16, 20), nn.Linear(20, 24 * 16), nn.ReLU(), nn.Unflatten(1, (24, 4, 4))]
-    decoder = [nn.ConvTranspose2d(24, 16, 4, 2, 1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(16, 3, 3, 1, 1)]
-    return nn.Sequential(*encoder, *code, *decoder)
+def sknet() -> nn.Module:
+    """SKNet."""
+    return nn.Sequential(conv(3, 16), SelectiveKernels(16, 10), conv(16, 24, 1), head(24))
 
 
 CONVOLUTIONAL: dict[str, Builder] = {
@@ -371,7 +351,7 @@ CONVOLUTIONAL: dict[str, Builder] = {
     "resnet-bottleneck": tiny(bottlenecks, pictures),
     "resnext": tiny(bottlenecks, pictures, groups=4),
     "regnet": tiny(bottlenecks, pictures, groups=5, inner=40),
-    "se-resnet": tiny(bottlenecks, pictures, channels=SqueezeExcite, width=40, inner=10),
+    "se-resnet": tiny(bottlenecks, pictures, channels=lambda: SqueezeExcite(40, 10)),
     "eca-net": tiny(bottlenecks, pictures, channels=EfficientChannels),
     "densenet": tiny(densenet, pictures),
     "squeezenet": tiny(squeezenet, pictures),
@@ -382,8 +362,5 @@ CONVOLUTIONAL: dict[str, Builder] = {
     "efficientnet": tiny(efficientnet, pictures),
     "shufflenet-v2": tiny(shufflenet_v2, pictures),
     "convnext": tiny(convnext, pictures),
-    "unet": tiny(UNet, pictures),
-    "super-resolution": tiny(super_resolution, pictures),
-    "dcgan-generator": tiny(generator, lambda: torch.randn(2, 12)),
-    "conv-autoencoder": tiny(autoencoder, pictures),
+    "sknet": tiny(sknet, pictures),
 }

@@ -136,7 +136,7 @@ class WeightCosts:
 
     def objective(self, orders: Orders) -> float:
         """Sum of <a, b in that order> over all tensors that may move."""
-        names = [n for n, parts in self.spec.axes.items() if any(True for p in parts for _ in groups_in(p))]
+        names = [n for n in self.spec.axes if self.spec.moves(n)]
         return float(
             sum((self.a[n].double() * self.spec.apply(orders, n, self.b[n]).double()).sum() for n in self._own(names))
         )

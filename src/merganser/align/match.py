@@ -91,7 +91,7 @@ def _improve(spec: Spec, costs: Costs, orders: dict[str, Tensor], group: str) ->
     if not inner:
         similarity = costs.units(group, orders)
         return _accept(orders, {group: assign(similarity)}, lambda new: _value(similarity, new[group]), [group])
-    changed = _improve_outer(spec, costs, orders, group, inner)
+    changed = not spec.groups[group].fixed and _improve_outer(spec, costs, orders, group, inner)
     for name in inner:
         pairs = costs.inner_units(name, orders)
         here = pairs[torch.arange(len(pairs)), orders[group]]  # what stands at each place now, shape (outer, n, n)

@@ -80,14 +80,16 @@ def _print(found: Symmetries, *, pinned: bool) -> None:
     from rich.table import Table
 
     spec, out = found.spec, console()
-    table = Table("group", "units", "within", "moves", box=None, pad_edge=False)
+    table = Table("group", "units", "", "moves", box=None, pad_edge=False)
     for name, group in spec.groups.items():
         members = [f"{tensor}[{axis}]" for tensor, axis in spec.members(name)]
         more = f" and {len(members) - 2} more" if len(members) > 2 else ""
-        table.add_row(name, str(group.size), group.within or "", ", ".join(members[:2]) + more)
+        place = "fixed" if group.fixed else f"within {group.within}" if group.within else ""
+        table.add_row(name, str(group.size), place, ", ".join(members[:2]) + more)
     out.print(table)
     sound = "self-check passed" if found.checked else "not checked"
-    out.print(f"{len(spec.groups)} groups move {found.coverage:.1%} of the parameters; {sound}")
+    count = sum(not group.fixed for group in spec.groups.values())
+    out.print(f"{count} groups move {found.coverage:.1%} of the parameters; {sound}")
     for name in found.unsound:
         out.print(f"refused by the self-check: {name}")
     for op in found.unknown:

@@ -294,15 +294,14 @@ class Atoms:
         raise NestingError
 
     def _split_sum(self, axis: Sum, outer: int) -> list[Axis]:
-        """Equal segments become a family; segments that share an inner factor give it up."""
+        """Segments that are products with an inner factor of one size; it becomes the same one."""
         inner = self.size(axis) // outer
-        try:
-            pieces = [self.split(part, self.size(part) // inner) for part in axis.parts if self.size(part) % inner == 0]
-        except NestingError:
-            pieces = []
-        if len(pieces) == len(axis.parts) and all(self.canonical(p[1]) == self.canonical(pieces[0][1]) for p in pieces):
-            return [Sum(tuple(p[0] for p in pieces)), pieces[0][1]]
-        raise NestingError
+        if any(self.size(part) % inner for part in axis.parts):
+            raise NestingError
+        pieces = [self.split(part, self.size(part) // inner) for part in axis.parts]
+        for piece in pieces[1:]:
+            self.unify(pieces[0][1], piece[1], "split together")
+        return [Sum(tuple(piece[0] for piece in pieces)), pieces[0][1]]
 
     def families(self, axis: int, inside: Sequence[Axis]) -> None:
         """Let atoms depend on the place along another: each gets one copy a place, for whoever looks at one place.
@@ -322,8 +321,12 @@ class Atoms:
         """Make the members of all families along an atom equal."""
         for axis in list(self._known.values()):
             if isinstance(axis, Family) and self.canonical(axis.index) == index:
-                for part in axis.parts[1:]:
-                    self.unify(axis.parts[0], part, "seen without the axis that tells its copies apart")
+                self.merge(axis)
+
+    def merge(self, family: Family) -> None:
+        """Make the members of a family equal."""
+        for part in family.parts[1:]:
+            self.unify(family.parts[0], part, "seen without the axis that tells its copies apart")
 
     def at(self, axis: Axis, index: int, place: int) -> Axis:
         """An axis where the axis of atom `index` is at a place."""

@@ -23,7 +23,13 @@ class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = (tree_map(_widened, x) for x in (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _grouped_mm(*args) if func is torch.ops.aten._grouped_mm.default else func(*args, **kwargs)
+
+
+def _grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """What the fused kernel does, which knows no float64."""
+    starts = [0, *ends.tolist()]
+    return torch.cat([rows[a:b] @ matrix for a, b, matrix in zip(starts, starts[1:], matrices, strict=False)])
 
 
 def _widened(x: Any) -> Any:
@@ -104,10 +110,16 @@ class _Judge:
         return worst if worst == worst else float("inf")
 
     def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        wide = InDouble()  # type: ignore[no-untyped-call]
-        with torch.no_grad(), wide, torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            result = torch.func.functional_call(self.network, dict(tensors), self.args, self.kwargs, tie_weights=False)
+        usual, wide = torch.get_default_dtype(), InDouble()  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.no_grad(), wide, torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                result = torch.func.functional_call(
+                    self.network, dict(tensors), self.args, self.kwargs, tie_weights=False
+                )
+        finally:
+            torch.set_default_dtype(usual)
         return [x for x in tensors_of(result, self.output) if x.is_floating_point()]
 
 

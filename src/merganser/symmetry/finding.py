@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from merganser.symmetry.axes import Axis, Family, Product
 from merganser.symmetry.flow import Flow, values_in
-from merganser.symmetry.record import Record, Value
+from merganser.symmetry.record import Record
 from merganser.symmetry.rules import RULES, shapes
 from merganser.symmetry.spec import Group, Part, Spec
 
@@ -77,21 +77,21 @@ def _collapse(flow: Flow) -> None:
             axes = [flow.atoms.canonical(axis) for axis in flow.axes.get(value.number, ())]
             inside = [set(_plain(axis)) for axis in axes]
             for i, axis in enumerate(axes):
-                for index in _indices(axis):
+                for family in _families(axis):
                     others = [atoms for j, atoms in enumerate(inside) if j != i]
-                    if value.origin != "activation" or not any(index in atoms for atoms in others):
-                        flow.atoms.collapse(index)
+                    if value.origin != "activation" or not any(family.index in atoms for atoms in others):
+                        flow.atoms.merge(family)
                         changed = True
             if changed:
                 break
 
 
-def _indices(axis: Axis) -> Iterator[int]:
+def _families(axis: Axis) -> Iterator[Family]:
     if isinstance(axis, Family):
-        yield axis.index
+        yield axis
     if not isinstance(axis, int):
         for part in axis.parts:
-            yield from _indices(part)
+            yield from _families(part)
 
 
 def _plain(axis: Axis) -> Iterator[int]:
@@ -121,8 +121,10 @@ def _spec(flow: Flow) -> Spec:
     met = dict.fromkeys(a for parts in axes.values() for axis in parts for a in atoms.atoms(axis))
     moving = [a for a in met if a not in atoms.pins]
     outers = _outers(flow, moving)
-    names = _names(flow, axes, moving)
-    groups = {names[a]: Group(atoms.sizes[a], names.get(outers[a]) if a in outers else None) for a in moving}
+    held = [a for a in dict.fromkeys(outers.values()) if a in atoms.pins]
+    names = _names(flow, axes, [*moving, *held])
+    groups = {names[a]: Group(atoms.sizes[a], names[outers[a]] if a in outers else None) for a in moving}
+    groups |= {names[a]: Group(atoms.sizes[a], fixed=True) for a in held}
     pinned = {
         f"{name}[{i}]": why
         for name, parts in axes.items()
@@ -146,7 +148,7 @@ def _part(axis: Axis, flow: Flow, names: dict[int, str]) -> Part:
     """An axis in words; fixed neighbours become one."""
     if isinstance(axis, int):
         return names.get(axis, flow.atoms.sizes[axis])
-    if flow.atoms.pinned(axis):
+    if not any(a in names for a in flow.atoms.atoms(axis)):
         return flow.atoms.size(axis)
     merged: list[Part] = []
     product = isinstance(axis, Product)
@@ -162,29 +164,20 @@ def _outers(flow: Flow, moving: Sequence[int]) -> dict[int, int]:
     """For every atom that has an order of its own for each place of another: that other."""
     candidates: dict[int, set[int]] = {}
     chosen = set(moving)
-    tensors: list[tuple[Value, list[list[list[int]]]]] = []
+    tensors: list[list[list[list[int]]]] = []
     for value in flow.record.values:
         rows = [_monomials(flow.atoms.canonical(axis)) for axis in flow.axes.get(value.number, ())]
         if any(a in chosen for axis in rows for row in axis for a in row):
-            tensors.append((value, rows))
-    for _, axes in tensors:
-        here = {a for rows in axes for row in rows for a in row if a in chosen}
-        for a in here:
+            tensors.append(rows)
+    tensors += [[_monomials(flow.atoms.canonical(axis)) for axis in axes] for axes in flow.products]
+    for axes in tensors:
+        here = {a for rows in axes for row in rows for a in row}
+        for a in here & chosen:
             governed = {h for h in here - {a} if _governs(h, a, axes)}
             candidates[a] = candidates[a] & governed if a in candidates else governed
-    found: dict[int, int] = {}
-    for a in moving:
-        usable = [h for h in candidates.get(a, ()) if any(h in row for rows in _rows_with(a, tensors) for row in rows)]
-        if usable:
-            found[a] = max(usable, key=lambda h: (flow.atoms.sizes[h], -h))
+    # one that moves rather than a fixed one, the largest of those
+    found = {a: max(hs, key=lambda h: (h in chosen, flow.atoms.sizes[h], -h)) for a, hs in candidates.items() if hs}
     return {a: h for a, h in found.items() if found.get(h) != a}
-
-
-def _rows_with(a: int, tensors: Sequence[tuple[Value, list[list[list[int]]]]]) -> Iterator[list[list[int]]]:
-    """Axes in which an atom is one of the factors, of parameters and buffers."""
-    for value, axes in tensors:
-        if value.origin in ("parameter", "buffer"):
-            yield from (rows for rows in axes if any(a in row for row in rows))
 
 
 def _governs(h: int, a: int, axes: Sequence[Sequence[Sequence[int]]]) -> bool:

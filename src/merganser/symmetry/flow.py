@@ -27,6 +27,7 @@ class Flow:
         axes: of every tensor, by its number.
         roles: of axes of parameters, by the tensor's number and the axis.
         views: parameters of which a tensor is one with its axes in another order, and that order.
+        products: axes of what is summed up by an operation, of which its result shows a part.
         taps: (call, tensor, axis) for every axis of an activation that an operation takes in.
         unknown: operations without a rule that met something that moves.
         call: the operation at hand.
@@ -37,9 +38,16 @@ class Flow:
     axes: dict[int, list[Axis]] = field(default_factory=dict)
     roles: dict[tuple[int, int], Role] = field(default_factory=dict)
     views: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    products: list[list[Axis]] = field(default_factory=list)
     taps: list[tuple[int, int, int]] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     call: Call | None = None
+
+    def __post_init__(self) -> None:
+        """Leave out what nothing comes from, and note which tensors anything reads."""
+        self.calls = self._live()
+        self.read = {value.number for call in self.calls for value in values_in(call.args)}
+        self.read.update(value.number for value in self.record.outputs)
 
     def follow(self, rules: Mapping[str, Rule]) -> None:
         """Apply the rule of every operation; what has no rule is pinned."""
@@ -48,10 +56,10 @@ class Flow:
                 self.axes[value.number] = [self.atoms.new(size) for size in value.shape]
             elif value.origin != "activation":
                 self.fix(value, f"the {value.origin} of the network")
-        for call in self.record.calls:
+        for call in self.calls:
             self.call = call
             inputs = values_in(call.args)
-            if call.op not in FACTORIES and all(self.fixed(value) for value in inputs):
+            if call.op not in SPREADING and all(self.fixed(value) for value in inputs):
                 for value in call.outputs:  # made of nothing that moves
                     self.fix(value, "fixed things alone")
             elif (rule := rules.get(call.op)) is None:
@@ -62,8 +70,21 @@ class Flow:
                     rule(self, call)
                 except NestingError:
                     self.give_up(f"{call.op}: its axes do not nest")
+                except (AssertionError, LookupError, StopIteration, TypeError, ValueError) as error:
+                    self.unknown.append(call.op)  # a form of the operation that its rule does not know
+                    self.give_up(f"{call.op}: its rule failed ({error})")
         for value in self.record.outputs:
             self.pin(value, "output of the network")
+
+    def _live(self) -> list[Call]:
+        """Calls that the outputs come from, or that do something else than giving their outputs."""
+        needed = {value.number for value in self.record.outputs}
+        live = []
+        for call in reversed(self.record.calls):
+            if call.acts or any(value.number in needed for value in call.outputs):
+                needed.update(value.number for value in values_in(call.args))
+                live.append(call)
+        return live[::-1]
 
     def of(self, value: Value) -> list[Axis]:
         """Axes of a tensor."""
@@ -132,6 +153,8 @@ class Flow:
 LIKE = (("", ""), ("new_", ""), ("", "_like"))
 #: Operations that make a tensor of equal entries from nothing.
 FACTORIES = frozenset(f"{kind}{name}{like}" for name in ("zeros", "ones", "full", "empty") for kind, like in LIKE)
+#: Operations whose results hold equal entries whatever they are given.
+SPREADING = FACTORIES | {"expand", "repeat"}
 
 
 def values_in(args: Mapping[str, Any]) -> list[Value]:

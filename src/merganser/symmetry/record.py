@@ -6,6 +6,7 @@ may be recorded from the exported graph instead; both give the same kind of reco
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from merganser.errors import ParameterError
+
+#: Where a tensor comes from.
 Origin = Literal["parameter", "buffer", "input", "constant", "activation"]
 
 
@@ -46,12 +50,14 @@ class Call:
         args: by the names of its schema, every tensor a `Value`; defaults included.
         outputs: tensors that it gave.
         place: name of the module that was running.
+        acts: whether it does more than give its outputs: writes into a tensor, or tells Python a number.
     """
 
     op: str
     args: Mapping[str, Any]
     outputs: tuple[Value, ...]
     place: str
+    acts: bool = False
 
 
 @dataclass
@@ -99,7 +105,12 @@ def record_run(
         args: its positional inputs; tensors may be nested in lists, tuples and dicts.
         kwargs: its named inputs.
         output: what of the result must stay as it is; by default all of it.
+
+    Raises:
+        ParameterError: If the network is a script, whose modules cannot be looked into.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+        raise ParameterError("the network is TorchScript, which hides its operations", "give the Python network")
     recorder = _Recorder(network)
     recorder.enter({"args": args, "kwargs": dict(kwargs or {})}, "input")
     modes = {module: module.training for module in network.modules()}
@@ -112,8 +123,10 @@ def record_run(
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody can look into
         network.eval()
-        with torch.no_grad(), recorder:
-            result = network(*args, **dict(kwargs or {}))
+        with warnings.catch_warnings(), torch.no_grad(), recorder:
+            warnings.simplefilter("ignore")  # of switching a fused kernel off
+            with torch.backends.mkldnn.flags(enabled=False):  # a whole LSTM in one operation
+                result = network(*args, **dict(kwargs or {}))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
@@ -186,11 +199,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if op in BRANCHES:
             self.record.branches.append(f"{op} in {self._place()}")
-        if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
-            # Written in place: whoever holds a view of it sees axes that are the same, whatever is in them now.
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+        if writes:  # whoever holds a view of it sees axes that are the same, whatever is in them now
             op = op.removesuffix("_")
+        if torch.Tag.inplace_view in func.tags:  # the same object with other axes
+            for x in (x for x in tree_leaves(result) if isinstance(x, Tensor)):
+                self._seen[id(x)] = self._new(x, "activation")
         outputs = tuple(self.value(x, "activation") for x in tree_leaves(result) if isinstance(x, Tensor))
-        self.record.calls.append(Call(op, named, outputs, self._place()))
+        self.record.calls.append(Call(op, named, outputs, self._place(), writes or op in BRANCHES))
         return result
 
     def _place(self) -> str:

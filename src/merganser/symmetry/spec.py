@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import prod
 from typing import Any
@@ -38,10 +38,12 @@ class Group:
     Attributes:
         size: how many.
         within: the group for each place of which it has an order of its own.
+        fixed: whether they stay where they are, and are there for others to lie within.
     """
 
     size: int
     within: str | None = None
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,15 @@ class Spec:
         """A random element of the whole group, or of some groups alone."""
         orders = self.identity()
         for name in self.groups if only is None else only:
+            if self.groups[name].fixed:
+                continue
             noise = torch.rand(self.places(name), generator=generator)
             orders[name] = noise.argsort(dim=-1)
         return orders
 
     def moves(self, name: str) -> bool:
         """Whether some group moves a tensor."""
-        return any(True for part in self.axes[name] for _ in groups_in(part))
+        return any(not self.groups[group].fixed for part in self.axes[name] for group in groups_in(part))
 
     def check(self, shapes: Mapping[str, Sequence[int]], ref: str) -> None:
         """Refuse tensors that this is not the symmetry of.
@@ -211,7 +215,7 @@ class Spec:
 
     def to_json(self) -> str:
         """All of it, as text."""
-        groups = {n: {"size": g.size, **({"within": g.within} if g.within else {})} for n, g in self.groups.items()}
+        groups = {n: {k: v for k, v in asdict(g).items() if v} for n, g in self.groups.items()}
         content = {"groups": groups, "axes": self.axes, "roles": self.roles, "pinned": self.pinned, "tied": self.tied}
         return json.dumps({"merganser_symmetry": 1, **content}, indent=1)
 
@@ -226,7 +230,10 @@ class Spec:
             content = json.loads(text)
             if content["merganser_symmetry"] != 1:
                 raise ParameterError(f"these symmetries are of format {content['merganser_symmetry']}; known is 1")
-            groups = {str(n): Group(int(g["size"]), g.get("within")) for n, g in content["groups"].items()}
+            groups = {
+                str(n): Group(int(g["size"]), g.get("within"), bool(g.get("fixed")))
+                for n, g in content["groups"].items()
+            }
             axes = {n: tuple(map(partial(_checked, groups=groups), parts)) for n, parts in content["axes"].items()}
             roles = {n: tuple(r) for n, r in content["roles"].items()}
             pinned, tied = ({str(n): str(x) for n, x in content[key].items()} for key in ("pinned", "tied"))

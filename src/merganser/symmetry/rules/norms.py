@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from merganser.symmetry.axes import NestingError
 from merganser.symmetry.flow import Flow, Rule
 from merganser.symmetry.record import Call, Value
 
@@ -18,6 +19,7 @@ def layer_norm(flow: Flow, call: Call) -> None:
                 flow.role(scale, i, "additive" if name == "bias" else "scale")
     flow.set(call.outputs[0], axes)
     count = len(call.args.get("normalized_shape", (1,)))
+    flow.products.append(axes[: len(axes) - count])
     for value in call.outputs[1:]:
         kept = [flow.atoms.new(size, pinned="a statistic") for size in value.shape[len(axes) - count :]]
         flow.set(value, [*axes[: len(axes) - count], *kept])
@@ -39,8 +41,12 @@ def batch_norm(flow: Flow, call: Call) -> None:
 def group_norm(flow: Flow, call: Call) -> None:
     """Channels are groups of channels: groups may change places whole, and channels within a group."""
     axes = list(flow.of(call.args["input"]))
-    channels = call.args.get("group", call.args.get("num_groups"))
-    flow.atoms.split(axes[1], channels)
+    groups = call.args.get("group", call.args.get("num_groups"))
+    try:
+        flow.atoms.split(axes[1], groups)
+    except NestingError:  # a concatenation: groups stay in place, and what is in each may move
+        size = flow.atoms.size(axes[1]) // groups
+        flow.atoms.cut(axes[1], [size * i for i in range(1, groups)])
     for name in ("weight", "bias"):
         scale = call.args.get(name)
         if isinstance(scale, Value):

@@ -57,6 +57,9 @@ def reduction(flow: Flow, call: Call) -> None:
         dims = range(rank)
     taken = {d % rank for d in ([dims] if isinstance(dims, int) else dims)} if rank else set()
     axes = flow.of(source)
+    if call.op in ("max", "min") and len(call.outputs) == 2 and call.outputs[1].number in flow.read:
+        for i in taken:
+            flow.pin_axis(axes[i], f"places along it are given by {call.op}")
     keep = bool(call.args.get("keepdim", False))
     left = [ONE if i in taken else axis for i, axis in enumerate(axes) if keep or i not in taken]
     for value in call.outputs:
@@ -99,7 +102,11 @@ def gated(flow: Flow, call: Call) -> None:
 
 def along(flow: Flow, call: Call) -> None:
     """Softmax and its kind: every entry sees all others of its axis, in any order."""
-    flow.set(call.outputs[0], flow.of(call.args["self"]))
+    source = call.args["self"]
+    axes = flow.of(source)
+    dim = call.args["dim"] % max(len(axes), 1)
+    flow.products.append([axis for i, axis in enumerate(axes) if i != dim])
+    flow.set(call.outputs[0], axes)
 
 
 def image(flow: Flow, call: Call) -> None:

@@ -12,8 +12,8 @@ from merganser.symmetry.rules.pointwise import broadcast
 
 def matrix(flow: Flow, call: Call) -> None:
     """mm, bmm, addmm, baddbmm, mv, dot: the inner axes are equal, batch axes are equal, the outer ones stay."""
-    one = next(call.args[n] for n in ("mat1", "batch1", "self") if n in call.args)
-    two = next(call.args[n] for n in ("mat2", "batch2", "vec", "tensor") if n in call.args)
+    one = next(call.args[n] for n in ("mat1", "batch1", "mat", "self") if n in call.args)
+    two = next(call.args[n] for n in ("mat2", "batch2", "vec", "tensor", "other") if n in call.args)
     a, b = flow.of(one), flow.of(two)
     flow.unify(a[-1], b[-2] if len(b) > 1 else b[-1])
     flow.role(one, len(a) - 1, "consumer")
@@ -24,6 +24,7 @@ def matrix(flow: Flow, call: Call) -> None:
     for x, y in zip(batch, b, strict=False):
         flow.unify(x, y)
     axes = [*batch, *a[len(batch) : -1], *b[len(b) - 1 :]] if len(b) > 1 else a[:-1]
+    flow.products.append([*axes, a[-1]])
     (value,) = call.outputs
     added = call.args.get("self")
     flow.set(value, axes)
@@ -52,7 +53,8 @@ def convolution(flow: Flow, call: Call) -> None:
     (value,) = call.outputs
     groups, turned = call.args.get("groups", 1), bool(call.args.get("transposed", False))
     spatial = len(weight.shape) - 2
-    for axis in (*flow.of(x)[-spatial:], *flow.of(weight)[2:]):
+    apart = all(n == 1 for n in weight.shape[2:]) and value.shape[-spatial:] == x.shape[-spatial:]
+    for axis in () if apart else (*flow.of(x)[-spatial:], *flow.of(weight)[2:]):
         flow.pin_axis(axis, "a place")
     inputs, (first, second) = flow.of(x)[-spatial - 1], flow.of(weight)[:2]
     if groups == 1:
@@ -69,8 +71,8 @@ def convolution(flow: Flow, call: Call) -> None:
     if isinstance(bias, Value):
         flow.unify(out, flow.of(bias)[0])
         flow.role(bias, 0, "additive")
-    places = [flow.atoms.new(n, pinned="a place") for n in value.shape[-spatial:]]
-    flow.set(value, [*flow.of(x)[: -spatial - 1], out, *places])
+    fresh = [flow.atoms.new(n, pinned="a place") for n in value.shape[-spatial:]]
+    flow.set(value, [*flow.of(x)[: -spatial - 1], out, *(flow.of(x)[-spatial:] if apart else fresh)])
 
 
 def attention(flow: Flow, call: Call) -> None:
@@ -87,6 +89,7 @@ def attention(flow: Flow, call: Call) -> None:
             if size > 1:
                 flow.unify(axis, other)
     axes = [*batch, q[-2], v[-1]]
+    flow.products += [[*batch, q[-2], k[-2], q[-1]], [*batch, q[-2], k[-2], v[-1]]]
     for i, value in enumerate(call.outputs):
         if i == 0:
             flow.set(value, axes)
@@ -102,6 +105,19 @@ def _heads(flow: Flow, q: Axis, k: Axis, v: Axis) -> Axis:
     elif few > 1:
         flow.unify(q, k)
     return q
+
+
+def grouped(flow: Flow, call: Call) -> None:
+    """_grouped_mm: stretches of rows, each with a matrix of its own."""
+    one, two = call.args["self"], call.args["mat2"]
+    a, b = flow.of(one), flow.of(two)
+    if (len(a), len(b)) != (2, 3):
+        flow.give_up("_grouped_mm of another form")
+        return
+    flow.pin_axis(a[0], "rows are dealt out")
+    flow.pin_axis(b[0], "matrices are dealt out")
+    flow.unify(a[1], b[1])
+    flow.set(call.outputs[0], [a[0], b[2]])
 
 
 def outer(flow: Flow, call: Call) -> None:
@@ -125,5 +141,6 @@ RULES: dict[str, Rule] = {
         attention,
     ),
     "linear": linear,
+    "_grouped_mm": grouped,
     "ger": outer,
 }

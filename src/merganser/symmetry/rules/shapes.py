@@ -261,6 +261,21 @@ def index_along(flow: Flow, call: Call) -> None:
     flow.set(value, axes)
 
 
+def gather(flow: Flow, call: Call) -> None:
+    """Entries at given places along one axis; the others are those of both tensors where these are of one size."""
+    (value,), source, places = call.outputs, call.args["self"], call.args["index"]
+    dim = call.args["dim"] % len(source.shape)
+    axes = []
+    for i, (axis, other) in enumerate(zip(flow.of(source), flow.of(places), strict=True)):
+        if i == dim or source.shape[i] != places.shape[i]:
+            flow.pin_axis(axis, "places along it are looked up")
+            flow.pin_axis(other, "places along it are looked up")
+        else:
+            flow.unify(axis, other)
+        axes.append(other)
+    flow.set(value, axes)
+
+
 def shuffle(flow: Flow, call: Call) -> None:
     """Pixel and channel shuffles: reshape, permute, reshape."""
     (value,), source = call.outputs, call.args["self"]
@@ -301,4 +316,5 @@ RULES: dict[str, Rule] = {
     "constant_pad_nd": pad,
     "embedding": lookup,
     "index": index,
+    "gather": gather,
 }

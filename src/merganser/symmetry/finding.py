@@ -39,9 +39,8 @@ def find(record: Record) -> Found:
     """Derive the symmetries of a recorded run."""
     flow = Flow(record)
     flow.follow(RULES)
-    used = {value.number for call in record.calls for value in values_in(call.args)}
     unused = tuple(
-        name for name, value in record.names.items() if value.number not in used and value.origin == "parameter"
+        name for name, value in record.names.items() if value.number not in flow.read and value.origin == "parameter"
     )
     for name in unused:
         flow.pin(record.names[name], "never used in the run")
@@ -57,7 +56,7 @@ def find(record: Record) -> Found:
 def _pin_unused(flow: Flow) -> None:
     """What no operation read but to move it, as rows that a slice left out: another input may use it."""
     read: set[int] = set()
-    for call in flow.record.calls:
+    for call in flow.calls:
         if call.op not in MOVING:
             for value in values_in(call.args):
                 read.update(a for axis in flow.of(value) for a in flow.atoms.atoms(axis))

@@ -30,9 +30,10 @@ FOLD = ("init", "add", "remove", "reweight", "combine", "export", "show", "verif
 
 
 def test_the_commands_are_those_of_the_readme() -> None:
-    groups = {("fold",), ("zoo",), ()}
-    alone = {("methods",), ("inspect",), ("convert",), ("study",)}
-    assert set(COMMANDS) - groups == {*alone, ("zoo", "train"), *(("fold", name) for name in FOLD)}
+    groups = {("fold",), ("zoo",), ("symmetry",), ()}
+    alone = {("methods",), ("inspect",), ("convert",), ("align",), ("study",)}
+    inside = {("zoo", "train"), ("symmetry", "show")}
+    assert set(COMMANDS) - groups == {*alone, *inside, *(("fold", name) for name in FOLD)}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda p: " ".join(p) or "merganser")

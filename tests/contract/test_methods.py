@@ -275,8 +275,8 @@ def test_every_setting_takes_its_default(name: str) -> None:
 
 @EVERY_METHOD
 def test_every_setting_is_heard(name: str) -> None:
-    other: dict[str, object] = {"alpha": 0.9, "diagonal": "keep", "scale": 0.7, "density": 0.6, "eps": 0.3}
-    other |= {"rank_merged": 0.5, "rank_new": 0.5, "rho": 0.5}
+    other: dict[str, object] = {"alpha": 0.9, "diagonal": "keep", "scale": 0.7, "density": 0.6, "eps": 0.9}
+    other |= {"rank_merged": 0.5, "rank_new": 0.5, "rho": 0.5, "noise": 0.5, "anchor": 0.5}
     changes = [noise((40, 33), seed) for seed in range(3)]
     default = merge(kind_of(name, {}), "matrix", changes)
     for setting in settings_of(METHODS[name]):

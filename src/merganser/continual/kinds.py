@@ -183,7 +183,8 @@ class Kind:
         if not self.treats_as_matrix(role, shape):
             return prod(shape) * (80 if float64 else 44)
         m, n = matrix_shape(role, shape)
-        full, short, wide = FOLD_BYTES["sums" if self.slots == ("s",) else method_name(self.method)]
+        sums = "gram" if "g" in self.slots else "sums"
+        full, short, wide = FOLD_BYTES[sums if isinstance(self.method, Sums) else method_name(self.method)]
         return (full + 36 * float64) * m * n + short * min(m, n) ** 2 + wide * n * n
 
     def export_bytes(self, role: Role, shape: Sequence[int]) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from merganser.errors import ParameterError
 from merganser.methods.dop import dop
 from merganser.methods.gram import gram, gram_terms
+from merganser.methods.gram_anchored import gram_anchored
 from merganser.methods.iso_c import iso_c
 from merganser.methods.linear import linear
 from merganser.methods.magmax import magmax
@@ -128,6 +129,7 @@ METHODS: Mapping[str, Method] = {
     "task_arithmetic": Sums(task_arithmetic, task_arithmetic, "arXiv:2212.04089"),
     "iso_c": Sums(iso_c, mean, "arXiv:2502.04959"),
     "gram": Sums(gram, mean, "arXiv:2503.08099", positive=True),
+    "gram_anchored": Sums(gram_anchored, mean, "arXiv:2503.08099, the anchor is ours", positive=True),
     # factors of constant size
     "tsv_m": Factors(tsv_m, tsv_m_fold, mean, "arXiv:2412.00081"),
 }

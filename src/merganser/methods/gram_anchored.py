@@ -30,7 +30,7 @@ def gram_anchored(
     g: Float[Tensor, "n n"],
     b: Float[Tensor, "m n"],
     *,
-    noise: float = 0.1,
+    noise: float = 0.25,
     anchor: float = 1.0,
     eps: float = 1e-3,
 ) -> Float[Tensor, "m n"]:

@@ -11,15 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from merganser.errors import ParameterError
 from merganser.symmetry import Orders, Spec
 from merganser.symmetry.spec import groups_in
 
 Similarity = Literal["frobenius", "pearson"]
+
+
+class Costs(Protocol):
+    """What matching asks for."""
+
+    def units(self, group: str, orders: Orders) -> Tensor:
+        """Similarity of a group's units, shape (n, n)."""
+        ...
+
+    def inner_units(self, group: str, orders: Orders) -> Tensor:
+        """Similarity of an inner group's units for every pair of outer places, shape (outer, outer, n, n)."""
+        ...
 
 
 @dataclass
@@ -86,7 +99,7 @@ class WeightCosts:
         that those move are left out.
         """
         moments = None
-        attached = self._attached(group, orders)
+        held = attached(self.spec, group, orders)
         inner = set(self.spec.inner(group))
         for name in self._tensors(group):
             for axis, part in enumerate(self.spec.axes[name]):
@@ -98,10 +111,8 @@ class WeightCosts:
                 for other in inner & here:
                     places = torch.where(self.spec.places_in(part, other) >= 0, -1, places)
                 if bool((places >= 0).any()):
-                    x, y = (
-                        _unfold(t, axis, places) for t in (self.a[name], self.spec.apply(attached, name, self.b[name]))
-                    )
-                    moments = _grown(moments, x, y)
+                    x, y = (unfold(t, axis, places) for t in (self.a[name], self.spec.apply(held, name, self.b[name])))
+                    moments = grown(moments, x, y)
         size = self.spec.groups[group].size
         return torch.zeros(size, size, dtype=torch.float64) if moments is None else similar(moments, self.kind)
 
@@ -114,23 +125,23 @@ class WeightCosts:
         """
         within = self.spec.groups[group].within
         assert within is not None
-        attached = {**self._attached(within, orders), group: self.spec.identity()[group]}
+        held = {**attached(self.spec, within, orders), group: self.spec.identity()[group]}
         moments = None
         for name in self._tensors(group):
             axes = self.spec.axes[name]
-            moved = self.spec.apply(attached, name, self.b[name])
+            moved = self.spec.apply(held, name, self.b[name])
             for axis, part in enumerate(axes):
                 if group in groups_in(part):
                     other = next(i for i in (axis, *range(len(axes))) if within in groups_in(axes[i]))
                     x, y = (
-                        _unfold_two(
+                        unfold_two(
                             t,
                             (other, self.spec.places_in(axes[other], within)),
                             (axis, self.spec.places_in(part, group)),
                         )
                         for t in (self.a[name], moved)
                     )
-                    moments = _grown(moments, x, y)
+                    moments = grown(moments, x, y)
         assert moments is not None
         return similar(moments, self.kind)
 
@@ -148,27 +159,58 @@ class WeightCosts:
         """Floating tensors, tied ones once."""
         return [n for n in names if n not in self.spec.tied and n in self.a and self.a[n].is_floating_point()]
 
-    def _attached(self, group: str, orders: Orders) -> dict[str, Tensor]:
-        """Orders in which a group has not moved, and its inner groups are as they are in each of its units."""
-        back = orders[group].argsort()
-        attached = {**orders, group: torch.arange(len(back))}
-        return attached | {name: orders[name][back] for name in self.spec.inner(group)}
+
+def attached(spec: Spec, group: str, orders: Orders) -> dict[str, Tensor]:
+    """Orders in which a group has not moved, and its inner groups are as they are in each of its units."""
+    back = orders[group].argsort()
+    return {**orders, group: torch.arange(len(back)), **{name: orders[name][back] for name in spec.inner(group)}}
 
 
-def _unfold(x: Tensor, axis: int, places: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class DualCosts:
+    """Weights and activations together, both as correlations.
+
+    Attributes:
+        weights: Pearson similarities of weights, which follow the orders.
+        activations: similarities of activations.
+        balance: share of the weights, in [0, 1].
+    """
+
+    weights: Costs
+    activations: Costs
+    balance: float
+
+    def __post_init__(self) -> None:
+        """Refuse a balance that is no share."""
+        if not 0 <= self.balance <= 1:
+            raise ParameterError(f"balance is {self.balance}; it is the share of the weights, in [0, 1]")
+
+    def units(self, group: str, orders: Orders) -> Tensor:
+        """Similarity of a group's units, shape (n, n)."""
+        return self._both(self.weights.units(group, orders), self.activations.units(group, orders))
+
+    def inner_units(self, group: str, orders: Orders) -> Tensor:
+        """Similarity of an inner group's units for every pair of outer places, shape (outer, outer, n, n)."""
+        return self._both(self.weights.inner_units(group, orders), self.activations.inner_units(group, orders))
+
+    def _both(self, weights: Tensor, activations: Tensor) -> Tensor:
+        return self.balance * weights + (1 - self.balance) * activations
+
+
+def unfold(x: Tensor, axis: int, places: Tensor) -> Tensor:
     """Everything that touches each unit, shape (units, entries), in float64."""
     units = int(places.max()) + 1
     order = places.argsort(stable=True)[int((places < 0).sum()) :]
     return x.index_select(axis, order.to(x.device)).movedim(axis, 0).reshape(units, -1).double()
 
 
-def _unfold_two(x: Tensor, outer: tuple[int, Tensor], inner: tuple[int, Tensor]) -> Tensor:
+def unfold_two(x: Tensor, outer: tuple[int, Tensor], inner: tuple[int, Tensor]) -> Tensor:
     """Everything that touches each inner unit of each place, shape (places, units, entries), in float64."""
     (first, blocks), (second, units) = outer, inner
     count, size = int(blocks.max()) + 1, int(units.max()) + 1
     if first == second:
         joined = torch.where(units >= 0, blocks * size + units, -1)
-        return _unfold(x, first, joined).reshape(count, size, -1)
+        return unfold(x, first, joined).reshape(count, size, -1)
     x = x.index_select(first, blocks.argsort(stable=True)[int((blocks < 0).sum()) :])
     x = x.index_select(second, units.argsort(stable=True)[int((units < 0).sum()) :])
     x = x.movedim((first, second), (0, 1))
@@ -176,7 +218,7 @@ def _unfold_two(x: Tensor, outer: tuple[int, Tensor], inner: tuple[int, Tensor])
     return x.movedim(2, 1).reshape(count, size, -1).double()
 
 
-def _grown(moments: Moments | None, x: Tensor, y: Tensor) -> Moments:
+def grown(moments: Moments | None, x: Tensor, y: Tensor) -> Moments:
     """Moments with more entries; x and y are (units, entries) or (places, units, entries)."""
     cross = x @ y.T if x.ndim == 2 else torch.einsum("ial,kbl->ikab", x, y)
     new = Moments(cross, (x.sum(-1), y.sum(-1)), (x.square().sum(-1), y.square().sum(-1)), x.shape[-1])

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from merganser.align.costs import Costs
 from merganser.symmetry import Orders, Spec
 
 #: Gain below which a change is rounding, as a share of the value.
 LEAST_GAIN = 1e-12
 
 Progress = Callable[[int, int], None]
-
-
-class Costs(Protocol):
-    """What matching asks for."""
-
-    def units(self, group: str, orders: Orders) -> Tensor:
-        """Similarity of a group's units, shape (n, n)."""
-        ...
-
-    def inner_units(self, group: str, orders: Orders) -> Tensor:
-        """Similarity of an inner group's units for every pair of outer places, shape (outer, outer, n, n)."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from merganser.symmetry.checking import failing
-from merganser.symmetry.finding import find
+from merganser.symmetry.finding import Tap, find
 from merganser.symmetry.record import Output, record_run
 from merganser.symmetry.spec import Part, Spec, groups_in
 
@@ -26,6 +26,7 @@ class Symmetries:
         unused: parameters that the run did not use.
         coverage: share of the parameters that some group moves.
         checked: whether the self-check ran.
+        taps: activations that show the units of groups; those of refused groups are left in.
     """
 
     spec: Spec
@@ -34,6 +35,7 @@ class Symmetries:
     unused: tuple[str, ...]
     coverage: float
     checked: bool
+    taps: tuple[Tap, ...] = ()
 
 
 def symmetries(
@@ -61,7 +63,7 @@ def symmetries(
     while check and (bad := failing(network, args, kwargs, spec, output=output, seed=seed)):
         unsound += tuple(bad)
         spec = _weaker(spec, bad)
-    return Symmetries(spec, unsound, found.unknown, found.unused, coverage(network, spec), check)
+    return Symmetries(spec, unsound, found.unknown, found.unused, coverage(network, spec), check, found.taps)
 
 
 def _weaker(spec: Spec, names: Sequence[str]) -> Spec:

@@ -10,7 +10,7 @@ from merganser.symmetry.axes import Axis, Family, Product
 from merganser.symmetry.flow import Flow, values_in
 from merganser.symmetry.record import Record
 from merganser.symmetry.rules import RULES, shapes
-from merganser.symmetry.spec import Group, Part, Spec
+from merganser.symmetry.spec import Group, Part, Spec, groups_in
 
 #: Operations that only hand entries on.
 MOVING = frozenset(shapes.RULES) - {"embedding", "index", "index_add"} | {
@@ -19,18 +19,31 @@ MOVING = frozenset(shapes.RULES) - {"embedding", "index", "index_add"} | {
 
 
 @dataclass(frozen=True)
+class Tap:
+    """An activation that a product takes in.
+
+    Attributes:
+        number: of the tensor in a record of the network.
+        axes: of what it is made, in the words of the spec.
+    """
+
+    number: int
+    axes: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
 class Found:
     """Symmetries, before they are checked.
 
     Attributes:
         spec: what may move.
-        flow: how the axes flowed, for taps.
+        taps: activations that show the units of groups, in the order of the run.
         unknown: operations without a rule.
         unused: parameters that no operation read.
     """
 
     spec: Spec
-    flow: Flow
+    taps: tuple[Tap, ...]
     unknown: tuple[str, ...]
     unused: tuple[str, ...]
 
@@ -50,7 +63,13 @@ def find(record: Record) -> Found:
             flow.pin(value, why)
     _collapse(flow)
     _pin_unused(flow)
-    return Found(_spec(flow), flow, tuple(dict.fromkeys(flow.unknown)), unused)
+    spec, names = _spec(flow)
+    taps = []
+    for number in dict.fromkeys(flow.taps):
+        axes = tuple(_part(flow.atoms.canonical(axis), flow, names) for axis in flow.axes[number])
+        if any(True for axis in axes for _ in groups_in(axis)):
+            taps.append(Tap(number, axes))
+    return Found(spec, tuple(taps), tuple(dict.fromkeys(flow.unknown)), unused)
 
 
 def _pin_unused(flow: Flow) -> None:
@@ -114,7 +133,8 @@ def _monomials(axis: Axis) -> list[list[int]]:
     return [row for part in axis.parts for row in _monomials(part)]
 
 
-def _spec(flow: Flow) -> Spec:
+def _spec(flow: Flow) -> tuple[Spec, dict[int, str]]:
+    """The spec, and the name of every atom that may move."""
     record, atoms = flow.record, flow.atoms
     axes = {name: [atoms.canonical(axis) for axis in flow.of(value)] for name, value in record.names.items()}
     met = dict.fromkeys(a for parts in axes.values() for axis in parts for a in atoms.atoms(axis))
@@ -140,7 +160,7 @@ def _spec(flow: Flow) -> Spec:
     for name, value in record.names.items():
         first.setdefault(value.number, name)
     tied = {name: first[value.number] for name, value in record.names.items() if first[value.number] != name}
-    return Spec(groups, spec_axes, roles, pinned, tied)
+    return Spec(groups, spec_axes, roles, pinned, tied), names
 
 
 def _part(axis: Axis, flow: Flow, names: dict[int, str]) -> Part:

@@ -28,7 +28,7 @@ class Flow:
         roles: of axes of parameters, by the tensor's number and the axis.
         views: parameters of which a tensor is one with its axes in another order, and that order.
         products: axes of what is summed up by an operation, of which its result shows a part.
-        taps: (call, tensor, axis) for every axis of an activation that an operation takes in.
+        taps: activations that a product takes in, by their numbers.
         unknown: operations without a rule that met something that moves.
         call: the operation at hand.
     """
@@ -39,7 +39,7 @@ class Flow:
     roles: dict[tuple[int, int], Role] = field(default_factory=dict)
     views: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     products: list[list[Axis]] = field(default_factory=list)
-    taps: list[tuple[int, int, int]] = field(default_factory=list)
+    taps: list[int] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     call: Call | None = None
 
@@ -140,6 +140,10 @@ class Flow:
         number, axes = self.views.get(value.number, (value.number, tuple(range(len(value.shape)))))
         if axis >= 0 and self.record.values[number].origin in ("parameter", "buffer"):
             self.roles.setdefault((number, axes[axis]), role)
+
+    def tap(self, *values: Value) -> None:
+        """Note activations that a product takes in: what units of a network are compared by."""
+        self.taps += [v.number for v in values if v.origin == "activation" and v.number not in self.views]
 
     def turned(self, value: Value, source: Value, order: Sequence[int]) -> None:
         """Remember that a tensor is another with its axes in another order."""

@@ -7,7 +7,7 @@ may be recorded from the exported graph instead; both give the same kind of reco
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,7 +112,23 @@ def record_run(
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise ParameterError("the network is TorchScript, which hides its operations", "give the Python network")
     recorder = _Recorder(network)
-    recorder.enter({"args": args, "kwargs": dict(kwargs or {})}, "input")
+    _run(recorder, network, args, kwargs or {}, output)
+    return recorder.record
+
+
+def record_tensors(
+    network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], numbers: Collection[int]
+) -> dict[int, Tensor]:
+    """Run a network as `record_run` does, and keep tensors of the run by their numbers in its record."""
+    recorder = _Recorder(network, keep=frozenset(numbers))
+    _run(recorder, network, args, kwargs, None)
+    return recorder.kept
+
+
+def _run(
+    recorder: _Recorder, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Output | None
+) -> None:
+    recorder.enter({"args": args, "kwargs": dict(kwargs)}, "input")
     modes = {module: module.training for module in network.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     hooks = [
@@ -126,7 +142,7 @@ def record_run(
         with warnings.catch_warnings(), torch.no_grad(), recorder:
             warnings.simplefilter("ignore")  # of switching a fused kernel off
             with torch.backends.mkldnn.flags(enabled=False):  # a whole LSTM in one operation
-                result = network(*args, **dict(kwargs or {}))
+                result = network(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
@@ -134,15 +150,16 @@ def record_run(
         for module, mode in modes.items():
             module.training = mode
     recorder.record.outputs = tuple(recorder.value(x, "constant") for x in tensors_of(result, output))
-    return recorder.record
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every ATen operation of a run."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, keep: frozenset[int] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = Record()
+        self.kept: dict[int, Tensor] = {}
+        self._keep = keep
         self._seen: dict[int, Value] = {}
         self._alive: list[Tensor] = []  # so that no address is used twice
         self._places: list[str] = []
@@ -175,6 +192,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _new(self, x: Tensor, origin: Origin) -> Value:
         value = Value(len(self.record.values), tuple(x.shape), origin, x.stride(), int(x.storage_offset()))
         self.record.values.append(value)
+        if value.number in self._keep:
+            self.kept[value.number] = x.detach().clone()
         return value
 
     def into(self, name: str) -> Callable[..., None]:

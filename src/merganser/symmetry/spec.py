@@ -140,8 +140,7 @@ class Spec:
         parts = self.axes[name]
         outer = self._governor(parts, axis)
         if outer is None:
-            places = self._index(parts[axis], orders, 1, {})[0]
-            return x.index_select(axis, places.to(x.device))
+            return x.index_select(axis, self.positions(parts[axis], orders).to(x.device))
         other, group = outer  # an order for each place of a group that another axis holds
         places = self._index(parts[axis], orders, x.shape[other], {group: self.places_in(parts[other], group)})
         shape = [1] * x.ndim
@@ -191,6 +190,10 @@ class Spec:
             if isinstance(factor, str):
                 here[factor] = torch.arange(size).repeat(len(index) // size)
         return index.reshape(rows, -1)
+
+    def positions(self, part: Part, orders: Orders) -> Tensor:
+        """For every new place of an axis that is made of this part, the old one, shape (size,)."""
+        return self._index(part, orders, 1, {})[0]
 
     def compose(self, first: Orders, then: Orders) -> dict[str, Tensor]:
         """One order that does what two do, one after the other."""

@@ -25,6 +25,7 @@ def matrix(flow: Flow, call: Call) -> None:
         flow.unify(x, y)
     axes = [*batch, *a[len(batch) : -1], *b[len(b) - 1 :]] if len(b) > 1 else a[:-1]
     flow.products.append([*axes, a[-1]])
+    flow.tap(one, two)
     (value,) = call.outputs
     added = call.args.get("self")
     flow.set(value, axes)
@@ -37,6 +38,7 @@ def matrix(flow: Flow, call: Call) -> None:
 def linear(flow: Flow, call: Call) -> None:
     """Give x W^T + b."""
     x, weight, bias = call.args["input"], call.args["weight"], call.args.get("bias")
+    flow.tap(x)
     out, inside = flow.of(weight)
     flow.unify(flow.of(x)[-1], inside)
     flow.role(weight, 0, "producer")
@@ -53,6 +55,7 @@ def convolution(flow: Flow, call: Call) -> None:
     (value,) = call.outputs
     groups, turned = call.args.get("groups", 1), bool(call.args.get("transposed", False))
     spatial = len(weight.shape) - 2
+    flow.tap(x)
     apart = all(n == 1 for n in weight.shape[2:]) and value.shape[-spatial:] == x.shape[-spatial:]
     for axis in () if apart else (*flow.of(x)[-spatial:], *flow.of(weight)[2:]):
         flow.pin_axis(axis, "a place")
@@ -78,6 +81,7 @@ def convolution(flow: Flow, call: Call) -> None:
 def attention(flow: Flow, call: Call) -> None:
     """softmax(q k^T) v with any fused kernel; grouped keys and values serve a product of heads."""
     q, k, v = (flow.of(call.args[n]) for n in ("query", "key", "value"))
+    flow.tap(call.args["query"], call.args["key"], call.args["value"])
     flow.unify(q[-1], k[-1])
     for axis in (q[-2], k[-2], v[-2]):
         flow.pin_axis(axis, "a place of a sequence")

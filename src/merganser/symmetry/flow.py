@@ -143,7 +143,10 @@ class Flow:
 
     def tap(self, *values: Value) -> None:
         """Note activations that a product takes in: what units of a network are compared by."""
-        self.taps += [v.number for v in values if v.origin == "activation" and v.number not in self.views]
+        for value in values:
+            root = self.views.get(value.number, (value.number,))[0]
+            if self.record.values[root].origin == "activation":
+                self.taps.append(value.number)
 
     def turned(self, value: Value, source: Value, order: Sequence[int]) -> None:
         """Remember that a tensor is another with its axes in another order."""

@@ -16,7 +16,6 @@ from merganser.symmetry import Spec, Symmetries, symmetries
 from merganser.symmetry.checking import failing
 from merganser.symmetry.record import tensors_of
 
-
 TOLERANCE = 1e-5  # of float32, relative to the largest output
 
 

@@ -109,5 +109,5 @@ def test_no_batch_and_batches_of_another_shape_are_refused() -> None:
     pair = Pair(mlp())
     with pytest.raises(ParameterError, match="no batch"):
         activation_costs(pair.found, pair.one, pair.two, [])
-    with pytest.raises(ShapeError, match=r"\(5, 7\), and was \(32, 7\) when the network was traced"):
+    with pytest.raises(ShapeError, match=r"\(5, 9\), and was \(32, 9\) when the network was traced"):
         activation_costs(pair.found, pair.one, pair.two, [((torch.randn(5, 5),), {})])

@@ -18,10 +18,17 @@ SHAPES = {
     "norm.weight": (32,),
     "head.weight": (10, 32),
 }
+#: A network of one's own: a function that gives it.
+NETWORK = """from torch import nn
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+"""
 
 
 def make_models(folder: Path) -> None:
-    """Write models/base, models/legal, models/medical and the adapter models/code-lora."""
+    """Write models/base, models/legal, models/medical, the adapter models/code-lora, and a network with two weights."""
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     models = {"base": base}
@@ -40,6 +47,13 @@ def make_models(folder: Path) -> None:
     save_file(factors, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "my_networks.py").write_text(NETWORK)
+    a = {"0.weight": (16, 6), "0.bias": (16,), "2.weight": (3, 16), "2.bias": (3,)}
+    one = {name: torch.randn(shape, generator=generator) for name, shape in a.items()}
+    order = torch.randperm(16, generator=generator)
+    two = {"0.weight": one["0.weight"][order], "0.bias": one["0.bias"][order], "2.weight": one["2.weight"][:, order]}
+    save_file(one, folder / "a.safetensors")
+    save_file({**two, "2.bias": one["2.bias"]}, folder / "b.safetensors")
 
 
 def console_blocks(page: Path) -> list[tuple[str, str]]:

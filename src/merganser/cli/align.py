@@ -81,5 +81,5 @@ def align(
         write_source(Reordered(two, spec, found.matched.orders), out, receipt, overwrite=overwrite, progress=progress)
     if not quiet:
         distance = f"distance {found.before:.4g} -> {found.after:.4g}"
-        console().print(f"{len(spec.groups)} groups, {found.matched.sweeps} sweeps: {distance}")
+        console().print(f"{found.matched.sweeps} sweeps over {len(spec.groups)} groups: {distance}")
         console().print(f"{out}: written")

@@ -89,7 +89,8 @@ def _print(found: Symmetries, *, pinned: bool) -> None:
     out.print(table)
     sound = "self-check passed" if found.checked else "not checked"
     count = sum(not group.fixed for group in spec.groups.values())
-    out.print(f"{count} group{"" if count == 1 else "s"} move{"s" if count == 1 else ""} {found.coverage:.1%} of the parameters; {sound}")
+    moves = "1 group moves" if count == 1 else f"{count} groups move"
+    out.print(f"{moves} {found.coverage:.1%} of the parameters; {sound}")
     for name in found.unsound:
         out.print(f"refused by the self-check: {name}")
     for op in found.unknown:

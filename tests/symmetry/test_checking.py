@@ -95,8 +95,25 @@ def test_an_order_for_each_head_that_does_not_hold_becomes_one_for_all(monkeypat
     assert failing(*built, it.spec) == []
 
 
-def test_a_head_that_is_refused_leaves_its_units_in_one_order() -> None:
-    """A spec by hand: heads that a scale tells apart are said to move."""
+def test_units_of_heads_that_are_refused_are_left_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running sums over heads: heads cannot move, and their units can, all alike."""
+
+    def formula(it: Network, x: Tensor) -> Tensor:
+        return it.down(it.up(x).view(len(x), 4, 6).cumsum(1).flatten(1))
+
+    built = tiny(lambda: Network(formula, up=linear(12, 24), down=linear(24, 11)), vectors)()
+    monkeypatch.setitem(RULES, "cumsum", POINTWISE["relu"])
+    rules = symmetries(*built, check=False).spec
+    assert sizes(rules, rules.axes) == "a 4, b 6 in a"
+    it = symmetries(*built)
+    assert it.spec.axes["up.weight"] == ({"product": [4, "up#2"]}, 12)
+    assert groups(it.spec) == {"up#2": (6, None)}
+    assert set(it.unsound) == {"up", "up#2"}
+    assert failing(*built, it.spec) == []
+
+
+def test_heads_that_a_scale_tells_apart_are_refused() -> None:
+    """By hand: the scale is said to stay where its heads move."""
     built = STRESS["scale_of_each_head_by_a_turned_view"]()
     spec = symmetries(*built, check=False).spec
     wrong = Spec(spec.groups, {**spec.axes, "scale": (4,)}, spec.roles, spec.pinned)

@@ -3,8 +3,8 @@
     python benchmarks/gram_sketch.py --study text8 --zoo zoo/text --data DIR
 
 Full state: G (n x n) and B (m x n) a weight. Sketch of rank r: eigenvectors V (n x r) and eigenvalues of G, and B V
-(m x r), cut back to r after every arrival; along what was cut off the changes add up, as the anchor says. Both are exported as
-gram_anchored with its defaults, and judged on every tenth training example, which training left out.
+(m x r), cut back to r after every arrival; along what was cut off the changes add up, as the anchor says. Both are
+exported as gram_anchored with its defaults, and judged on every tenth training example, which training left out.
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+"""Which units of several networks become one unit: greedy agglomeration within and across networks.
+
+    S: similarity of all N n units of N networks;  until n clusters are left:
+        join the most alike pair i < j;   S_i <- discount(min(S_i, S_j))
+
+Complete linkage: a cluster is as like another as its least like members are. A discount below 1 makes second and third
+joins less attractive than first ones; it acts on 1 + S, so that unlike pairs do not gain by it.
+
+    discount(s) = repeat (1 + s) - 1
+
+Each network may spend at most `within` of its share of joins, (N n - n) / N, on pairs of its own units.
+
+Source: Stoica et al. 2023, arXiv:2305.03053, algorithm 2 (ZipIt). There the discount multiplies s itself, which raises
+negative similarities, and the budget is looked at only after the first join within a network.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from merganser.errors import ParameterError
+
+
+def zip_units(similarity: Tensor, networks: int, *, repeat: float = 0.5, within: float = 1.0) -> Tensor:
+    """Join units until as many clusters as one network has units are left.
+
+    Args:
+        similarity: symmetric, of all units of all networks in turn, shape (networks * n, networks * n), in [-1, 1].
+        networks: how many.
+        repeat: discount of clusters, in (0, 1]; 1 is plain complete linkage, near 0 every cluster is a pair first.
+        within: share of a network's joins that may be between its own units, in [0, 1].
+
+    Returns:
+        The cluster of every unit, 0 to n - 1, numbered by their first units; shape (networks * n,).
+
+    Raises:
+        ParameterError: If a setting is out of range, or the similarity is not square or of no such size.
+    """
+    total = similarity.shape[0]
+    if similarity.ndim != 2 or similarity.shape[1] != total or networks < 1 or total % networks:
+        raise ParameterError(f"similarity is {tuple(similarity.shape)}; it must be square, a multiple of {networks}")
+    if not 0 < repeat <= 1:
+        raise ParameterError(f"repeat is {repeat}; it is a discount in (0, 1]")
+    if not 0 <= within <= 1:
+        raise ParameterError(f"within is {within}; it is a share of the joins, in [0, 1]")
+    n = total // networks
+    s = similarity.double().cpu().numpy().copy()
+    np.fill_diagonal(s, -np.inf)
+    owner = np.repeat(np.arange(networks), n)
+    budget = np.full(networks, int((total - n) // networks * within))
+    for k in np.flatnonzero(budget == 0):
+        _forbid(s, owner == k)
+    cluster = np.arange(total)  # union-find, flat: the first unit of every unit's cluster
+    best = s.argmax(1)
+    values = s[np.arange(total), best]
+    for _ in range(total - n):
+        i = int(values.argmax())
+        if values[i] == -np.inf:
+            raise ParameterError("no pair is left to join", "let networks join units of their own: within above 0")
+        i, j = sorted((i, int(best[i])))
+        cluster[cluster == j] = i
+        joined = repeat * (1 + np.minimum(s[i], s[j])) - 1
+        joined[np.isneginf(s[i]) | np.isneginf(s[j])] = -np.inf
+        s[i], s[:, i] = joined, joined
+        s[j], s[:, j] = -np.inf, -np.inf
+        stale = (best == i) | (best == j)
+        if owner[i] == owner[j]:
+            budget[owner[i]] -= 1
+            if budget[owner[i]] == 0:
+                mine = owner == owner[i]
+                _forbid(s, mine)
+                stale |= mine
+        _refresh(s, best, values, stale, i, j)
+    return torch.from_numpy(np.unique(cluster, return_inverse=True)[1].reshape(-1).astype(np.int64))
+
+
+def _forbid(s: npt.NDArray[np.float64], mine: npt.NDArray[np.bool_]) -> None:
+    s[np.ix_(mine, mine)] = -np.inf
+
+
+def _refresh(
+    s: npt.NDArray[np.float64],
+    best: npt.NDArray[np.intp],
+    values: npt.NDArray[np.float64],
+    stale: npt.NDArray[np.bool_],
+    i: int,
+    j: int,
+) -> None:
+    """Best partners anew where they may have changed; the first of equally good ones, as a whole search would find."""
+    stale[[i, j]] = True
+    rows = np.flatnonzero(stale)
+    best[rows] = s[rows].argmax(1)
+    values[rows] = s[rows, best[rows]]
+    better = ~stale & ((s[:, i] > values) | ((s[:, i] == values) & (i < best)))
+    best[better], values[better] = i, s[better, i]

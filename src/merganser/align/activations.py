@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from merganser.align.costs import Moments, attached, grown, similar
+from merganser.align.costs import Moments, attached, grown, similar, unfold
 from merganser.errors import ParameterError, ShapeError
 from merganser.symmetry import Orders, Spec, Symmetries
 from merganser.symmetry.finding import Tap
@@ -126,6 +126,43 @@ def activation_costs(
         found.spec,
         {group: [Shown(_part(tap), shown[tap.number]) for tap in seen] for group, seen in chosen.items()},
     )
+
+
+def unit_correlations(found: Symmetries, networks: Sequence[nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Correlations of all units of all networks, within and across them, on the same inputs.
+
+    Args:
+        found: symmetries of all, traced on inputs of the shapes of the batches.
+        networks: to compare.
+        batches: inputs.
+
+    Returns:
+        For every group without inner groups that an activation shows: shape (networks * n, networks * n), by the last
+        product that takes it in.
+
+    Raises:
+        ParameterError: If there is no batch.
+        ShapeError: As for `activation_costs`.
+    """
+    spec = found.spec
+    chosen = {
+        group: seen[-1]
+        for group, seen in _chosen(found, "last").items()
+        if not spec.inner(group) and spec.groups[group].within is None
+    }
+    moments: dict[str, Moments] = {}
+    count = 0
+    for args, kwargs in batches:
+        count += 1
+        numbers = {tap.number for tap in chosen.values()}
+        runs = [record_tensors(network, args, kwargs, numbers) for network in networks]
+        for group, tap in chosen.items():
+            places = spec.places_in(_part(tap), group)
+            x = torch.cat([unfold(_units(spec, tap, tensors), 0, places) for tensors in runs])
+            moments[group] = grown(moments.get(group), x, x)
+    if not count:
+        raise ParameterError("there is no batch to compare the networks by")
+    return {group: similar(m, "pearson") for group, m in moments.items()}
 
 
 def _chosen(found: Symmetries, taps: Literal["last", "all"]) -> dict[str, list[Tap]]:

@@ -1,4 +1,4 @@
-"""One network from zipped units: equal networks give themselves, permutations their aligned mean, clusters the loops."""
+"""One network from zipped units: copies give the network, permutations their aligned mean, clusters the loops."""
 
 from __future__ import annotations
 

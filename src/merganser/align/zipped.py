@@ -1,4 +1,4 @@
-"""One network from several whose units were zipped: what makes units is averaged over a cluster, what reads them summed.
+"""One network from several that were zipped: what makes units is averaged over a cluster, what reads them summed.
 
     W* = sum_k M_ok^T W_k U_ik      U: unit -> cluster, one-hot      M = U / cluster size
     an axis that makes units (rows of a weight, a bias, a scale) takes M, an axis that reads them takes U
@@ -6,7 +6,7 @@
 
 Groups that were not zipped are in one order by permutation, which is a clustering into N-tuples.
 
-Source: Stoica et al. 2023, arXiv:2305.03053, eq. 2-4, with cluster sizes as they are instead of a factor N and an epsilon.
+Source: Stoica et al. 2023, arXiv:2305.03053, eq. 2-4; cluster sizes stand as they are, without an epsilon.
 """
 
 from __future__ import annotations

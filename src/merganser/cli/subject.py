@@ -75,11 +75,12 @@ def _named(path: str, name: str) -> Any:
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RefError(f"{path} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"merganser_subject_{path.stem}"  # what the file is called may be the name of a library
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -132,7 +133,6 @@ def _ours(folder: Path, shape: tuple[int, ...] | None) -> Subject:
     encoder: Any = load_encoder(folder)
     side = shape[-1] if shape else encoder.image
     pixels = np.random.default_rng(0).integers(0, 256, (BATCH, side, side, 3), dtype=np.uint8)
-    encoder.forward = encoder.embed
     return Subject(encoder, (encoder.prepare(pixels),))
 
 

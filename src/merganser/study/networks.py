@@ -45,6 +45,10 @@ class Encoder(nn.Module, ABC):
     def embed(self, prepared: list[Any]) -> Tensor:
         """Embeddings, shape (n, width)."""
 
+    def forward(self, prepared: list[Any]) -> Tensor:
+        """Embeddings, as for `embed`."""
+        return self.embed(prepared)
+
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """What `config.json` says of it."""

@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no such module": (("symmetry", "show", "no.such:name"), "RefError: no.such cannot be imported: No module named"),
     "needs arguments": (
         ("symmetry", "show", "{code}:needs", "--input", "5,12"),
-        "ParameterError: {code}:needs cannot be called without arguments: needs() missing 1 required positional",
+        "ParameterError: {code}:needs cannot be called without arguments: missing a required argument: 'width'",
     ),
     "gives no network": (
         ("symmetry", "show", "{code}:gives_text", "--input", "5,12"),

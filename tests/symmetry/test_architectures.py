@@ -204,7 +204,7 @@ WORDS: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "mamba2": (  # groups of heads; states are one group's
-        "a 2, b 3 in a, c 8 in b, d 5 in a, e 24",
+        "a 2, b 3 in a, c 8 in a, d 5 in a, e 24",
         {
             "backbone.layers.0.mixer.in_proj.weight": "a*b*c + a*b*c + a*d + a*d + a*b | e",
             "backbone.layers.0.mixer.out_proj.weight": "e | a*b*c",

@@ -53,17 +53,27 @@ def align(
     from merganser.checkpoints import open_source
     from merganser.checkpoints.copying import write_source
     from merganser.checkpoints.overlap import refuse_overlap
-    from merganser.errors import RefError
+    from merganser.errors import OutputError, ParameterError, RefError
     from merganser.symmetry import Spec
 
+    if model is not None and symmetry is not None:
+        raise ParameterError("--model and --symmetry both say what may move", "give one of them")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
     refuse_overlap(out, [stays, moves])
     one, two = open_source(stays), open_source(moves)
     if symmetry is not None:
         if not symmetry.is_file():
             raise RefError(f"{symmetry} does not exist", "merganser symmetry show MODEL --json FILE")
-        spec = Spec.from_json(symmetry.read_text("utf-8"))
+        try:
+            spec = Spec.from_json(symmetry.read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ParameterError(f"{symmetry} is no file of symmetries: {error}") from error
     else:
-        spec = traced(model or stays, shape).spec
+        traces = traced(model or stays, shape)
+        spec = traces.spec
+        for name in traces.unsound:
+            console().print(f"refused by the self-check, and left as it is: {name}")
     with progress_bar("matching", quiet=quiet, unit="groups") as progress:
         found = find(spec, one, two, similarity=similarity.value, seed=seed, progress=progress)
     receipt = {

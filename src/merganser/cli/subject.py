@@ -62,7 +62,7 @@ def _named(path: str, name: str) -> Any:
     else:
         try:
             module = importlib.import_module(path)
-        except ImportError as error:
+        except Exception as error:  # whatever the module does
             raise RefError(f"{path} cannot be imported: {error}", "name a file as path/file.py:name") from error
     if not hasattr(module, name):
         from difflib import get_close_matches
@@ -81,7 +81,10 @@ def _from_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does
+        raise RefError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -93,9 +96,13 @@ def _made(model: str, made: Any, shape: tuple[int, ...] | None) -> Subject:
         if not callable(made) or (inspect.isclass(made) and not issubclass(made, nn.Module)):
             raise ParameterError(f"{model} is a {type(made).__name__}; it must be a network or give one")
         try:
-            made = made()
-        except TypeError as error:
+            inspect.signature(made).bind()
+        except (TypeError, ValueError) as error:
             raise ParameterError(f"{model} cannot be called without arguments: {error}") from error
+        try:
+            made = made()
+        except Exception as error:  # whatever the code does
+            raise ParameterError(f"{model} cannot be run: {type(error).__name__}: {error}") from error
     network, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) > 1 else (made, None, {})
     if not isinstance(network, nn.Module):
         raise ParameterError(f"{model} gives a {type(network).__name__}; it must give a network")
@@ -106,7 +113,7 @@ def _made(model: str, made: Any, shape: tuple[int, ...] | None) -> Subject:
                 "--input 2,3,32,32, or give (network, args) from the callable",
             )
         args = (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
-    return Subject(network, tuple(args), dict(kwargs))
+    return Subject(network, (args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs))
 
 
 def _from_config(folder: Path, shape: tuple[int, ...] | None) -> Subject:
@@ -141,10 +148,13 @@ def _transformer(folder: Path, content: Mapping[str, Any]) -> Subject:
         import transformers
     except ImportError as error:
         raise MerganserError(f"{folder} needs transformers", 'pip install "merganser[study]"') from error
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     names = content.get("architectures") or []
     kind: Any = getattr(transformers, names[0], None) if names else None
-    network = kind(config) if kind is not None else transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        network = kind(config) if kind is not None else transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # the library raises errors of many kinds
+        raise RefError(f"{folder / 'config.json'} gives no network: {error}") from error
 
     def output(result: Any) -> Any:
         return result.logits if hasattr(result, "logits") else result

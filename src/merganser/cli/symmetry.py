@@ -44,6 +44,10 @@ def show(
     merganser symmetry show path/to/checkpoint
     merganser symmetry show my_networks.py:resnet20 --input 2,3,32,32 --json resnet20.json
     """
+    from merganser.errors import OutputError
+
+    if json is not None and (json.is_dir() or not json.parent.is_dir()):
+        raise OutputError(f"{json} cannot be written: " + ("it is a folder" if json.is_dir() else "no such folder"))
     found = traced(model, shape, check=check)
     _print(found, pinned=pinned)
     if json is not None:
@@ -67,6 +71,8 @@ def traced(model: str, shape: str | None, *, check: bool = True) -> Symmetries:
         sizes = tuple(int(n) for n in shape.split(",")) if shape else None
     except ValueError as error:
         raise ParameterError(f"--input is {shape!r}; it is a shape such as 2,3,32,32") from error
+    if sizes and min(sizes) < 1:
+        raise ParameterError(f"--input is {shape!r}; sizes are at least 1")
     it = subject(model, sizes)
     try:
         return symmetries(it.network, it.args, it.kwargs, output=it.output, check=check)
@@ -88,6 +94,8 @@ def _print(found: Symmetries, *, pinned: bool) -> None:
         table.add_row(name, str(group.size), place, ", ".join(members[:2]) + more)
     out.print(table)
     sound = "self-check passed" if found.checked else "not checked"
+    if found.unsound:
+        sound = f"the self-check refused {len(found.unsound)}"
     count = sum(not group.fixed for group in spec.groups.values())
     moves = "1 group moves" if count == 1 else f"{count} groups move"
     out.print(f"{moves} {found.coverage:.1%} of the parameters; {sound}")
@@ -102,4 +110,4 @@ def _print(found: Symmetries, *, pinned: bool) -> None:
             out.print(f"{place}: {why}")
     else:
         for why, count in Counter(spec.pinned.values()).most_common(5):
-            out.print(f"fixed  {count} axes: {why}")
+            out.print(f"fixed  {count} {'axis' if count == 1 else 'axes'}: {why}")

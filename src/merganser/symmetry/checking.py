@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from merganser.symmetry.record import Output, tensors_of
+from merganser.errors import ParameterError
+from merganser.symmetry.record import Output, copied, tensors_of
 from merganser.symmetry.spec import Spec
 
 TOLERANCE = 1e-9
@@ -22,7 +24,8 @@ class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Networks that cast to float32 on the way, as RMSNorm and attention often do, stay in float64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = (tree_map(_widened, x) for x in (args, kwargs or {}))
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        args, kwargs = (tree_map(_widened_type if writes else _widened, x) for x in (args, kwargs or {}))
         return _grouped_mm(*args) if func is torch.ops.aten._grouped_mm.default else func(*args, **kwargs)
 
 
@@ -33,6 +36,10 @@ def _grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def _widened(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.dtype in NARROW else _widened_type(x)
+
+
+def _widened_type(x: Any) -> Any:
     return torch.float64 if isinstance(x, torch.dtype) and x in NARROW else x
 
 
@@ -74,6 +81,13 @@ def _only(spec: Spec, orders: Mapping[str, Tensor], names: Sequence[str]) -> dic
     return {**spec.identity(), **{name: orders[name] for name in names}}
 
 
+def _independent(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except (RuntimeError, TypeError) as error:
+        raise ParameterError(f"the network cannot be copied: {error}") from error
+
+
 class _Judge:
     """A network in float64, and what it gives."""
 
@@ -86,7 +100,7 @@ class _Judge:
         seed: int,
     ) -> None:
         self.output = output
-        self.network = copy.deepcopy(network).double().eval()
+        self.network = _independent(network).double().eval()
         self.args, self.kwargs = (tree_map_only(Tensor, _double, x) for x in (tuple(args), dict(kwargs or {})))
         generator = torch.Generator().manual_seed(seed)
         named = {
@@ -101,13 +115,9 @@ class _Judge:
         self.reference = self._run(self.tensors)
 
     def change(self, spec: Spec, orders: Mapping[str, Tensor]) -> float:
-        """Largest change of an output, relative to the largest output."""
+        """Largest change of an output, relative to the largest output; infinite where numbers come or go."""
         moved = {n: spec.apply(orders, n, x) if n in spec.axes else x for n, x in self.tensors.items()}
-        worst = 0.0
-        for one, two in zip(self.reference, self._run(moved), strict=True):
-            if one.numel():
-                worst = max(worst, float((one - two).abs().max()) / max(float(one.abs().max()), 1e-300))
-        return worst if worst == worst else float("inf")
+        return max(_change(one, two) for one, two in zip(self.reference, self._run(moved), strict=True))
 
     def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         usual, wide = torch.get_default_dtype(), InDouble()  # type: ignore[no-untyped-call]
@@ -115,12 +125,27 @@ class _Judge:
         try:
             with torch.no_grad(), wide, torch.random.fork_rng([]):
                 torch.manual_seed(0)
-                result = torch.func.functional_call(
-                    self.network, dict(tensors), self.args, self.kwargs, tie_weights=False
-                )
+                network = copied(self.network)  # a run may keep things
+                given = {name: x.clone() for name, x in tensors.items()}
+                result = torch.func.functional_call(network, given, self.args, self.kwargs, tie_weights=False)
         finally:
             torch.set_default_dtype(usual)
-        return [x for x in tensors_of(result, self.output) if x.is_floating_point()]
+        return tensors_of(result, self.output)
+
+
+def _change(one: Tensor, two: Tensor) -> float:
+    if one.shape != two.shape or not one.numel():
+        return 0.0 if one.shape == two.shape else inf
+    if not (one.is_floating_point() or one.is_complex()):
+        return 0.0 if torch.equal(one, two) else inf
+    finite = torch.isfinite(one)
+    if not torch.equal(torch.nan_to_num(one)[~finite], torch.nan_to_num(two)[~finite]):
+        return inf
+    if not torch.equal(finite, torch.isfinite(two)):
+        return inf
+    if not bool(finite.any()):
+        return 0.0
+    return float((one - two)[finite].abs().max()) / max(float(one[finite].abs().max()), 1e-300)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def symmetries(
     found = find(record_run(network, args, kwargs, output))
     spec, unsound = found.spec, tuple[str, ...]()
     while check and (bad := failing(network, args, kwargs, spec, output=output, seed=seed)):
-        unsound += tuple(bad)
+        unsound = tuple(dict.fromkeys((*unsound, *bad)))
         spec = _weaker(spec, bad)
     return Symmetries(spec, unsound, found.unknown, found.unused, coverage(network, spec), check, found.taps)
 

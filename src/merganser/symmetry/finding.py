@@ -194,9 +194,13 @@ def _outers(flow: Flow, moving: Sequence[int]) -> dict[int, int]:
         for a in here & chosen:
             governed = {h for h in here - {a} if _governs(h, a, axes)}
             candidates[a] = candidates[a] & governed if a in candidates else governed
-    # one that moves rather than a fixed one, the largest of those
-    found = {a: max(hs, key=lambda h: (h in chosen, flow.atoms.sizes[h], -h)) for a, hs in candidates.items() if hs}
-    return {a: h for a, h in found.items() if found.get(h) != a}
+    # Two levels and no more: what others lie within lies within nothing. One that moves is better than a fixed one.
+    found: dict[int, int] = {}
+    for a in sorted(candidates, key=lambda a: (len(candidates[a]), a)):
+        free = [h for h in candidates[a] if h not in found]
+        if free and a not in found.values():
+            found[a] = max(free, key=lambda h: (h in chosen, flow.atoms.sizes[h], -h))
+    return found
 
 
 def _governs(h: int, a: int, axes: Sequence[Sequence[Sequence[int]]]) -> bool:

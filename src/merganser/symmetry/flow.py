@@ -73,8 +73,11 @@ class Flow:
                 except (AssertionError, LookupError, StopIteration, TypeError, ValueError) as error:
                     self.unknown.append(call.op)  # a form of the operation that its rule does not know
                     self.give_up(f"{call.op}: its rule failed ({error})")
+        self.call = None
         for value in self.record.outputs:
             self.pin(value, "output of the network")
+        for value, why in self.record.entangled:
+            self.pin(value, why)
 
     def _live(self) -> list[Call]:
         """Calls that the outputs come from, or that do something else than giving their outputs."""
@@ -120,10 +123,10 @@ class Flow:
         """Pin everything that the operation at hand has to do with."""
         assert self.call is not None
         for value in values_in(self.call.args):
-            self.pin(value, self._where(why))
+            self.pin(value, why)
         for value in self.call.outputs:
             if value.number in self.axes:
-                self.pin(value, self._where(why))
+                self.pin(value, why)
             else:
                 self.fix(value, self._where(why))
 

@@ -6,9 +6,11 @@ may be recorded from the exported graph instead; both give the same kind of reco
 
 from __future__ import annotations
 
+import copy
+import itertools
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,7 @@ class Value:
         number: unique in a record.
         shape: of the tensor.
         origin: what it is.
+        dtype: of its entries.
         stride: entries of memory from one place of an axis to the next.
         offset: of its first entry in that memory.
     """
@@ -37,6 +40,7 @@ class Value:
     number: int
     shape: tuple[int, ...]
     origin: Origin
+    dtype: torch.dtype
     stride: tuple[int, ...]
     offset: int
 
@@ -70,6 +74,7 @@ class Record:
         names: of parameters and buffers; tied ones are one value of several names.
         outputs: what the network gave.
         branches: operations whose results a network may have taken a branch by.
+        entangled: parameters that share memory with another in another form, and that they do.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -77,6 +82,7 @@ class Record:
     names: dict[str, Value] = field(default_factory=dict)
     outputs: tuple[Value, ...] = ()
     branches: list[str] = field(default_factory=list)
+    entangled: list[tuple[Value, str]] = field(default_factory=list)
 
 
 #: Operations that hand numbers to Python, or whose results have a shape that depends on numbers.
@@ -88,11 +94,41 @@ Output = Callable[[Any], Any]
 
 
 def tensors_of(result: Any, output: Output | None) -> list[Tensor]:
-    """Tensors that a network gives; outputs of transformers are dataclasses that are also mappings."""
-    if output is not None:
-        result = output(result)
-    leaves = tree_leaves(dict(result) if isinstance(result, Mapping) else result)
-    return [x for x in leaves if isinstance(x, Tensor)]
+    """Tensors that a network gives, in any nesting of lists, tuples, mappings and dataclasses.
+
+    Raises:
+        ParameterError: If there is none.
+    """
+    found = list(_tensors(result if output is None else output(result)))
+    if not any(x.numel() for x in found):
+        raise ParameterError(f"the network gives no number: {type(result).__name__}", "tell what counts with output=")
+    return found
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping):
+        for part in result.values():
+            yield from _tensors(part)
+    elif isinstance(result, list | tuple):
+        for part in result:
+            yield from _tensors(part)
+    elif is_dataclass(result):
+        for field_ in fields(result):
+            yield from _tensors(getattr(result, field_.name))
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """A copy that shares parameters, so that a run may write into buffers and attributes.
+
+    Raises:
+        ParameterError: If the network cannot be copied.
+    """
+    try:
+        return copy.deepcopy(network, {id(p): p for p in network.parameters()})
+    except (RuntimeError, TypeError) as error:
+        raise ParameterError(f"the network cannot be copied: {error}") from error
 
 
 def record_run(
@@ -111,6 +147,7 @@ def record_run(
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise ParameterError("the network is TorchScript, which hides its operations", "give the Python network")
+    network = copied(network)
     recorder = _Recorder(network)
     _run(recorder, network, args, kwargs or {}, output)
     return recorder.record
@@ -120,6 +157,7 @@ def record_tensors(
     network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], numbers: Collection[int]
 ) -> dict[int, Tensor]:
     """Run a network as `record_run` does, and keep tensors of the run by their numbers in its record."""
+    network = copied(network)
     recorder = _Recorder(network, keep=frozenset(numbers))
     _run(recorder, network, args, kwargs, None)
     return recorder.kept
@@ -139,7 +177,9 @@ def _run(
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody can look into
         network.eval()
-        with warnings.catch_warnings(), torch.no_grad(), recorder:
+        devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+        unseen = torch.random.fork_rng(devices), torch.inference_mode(False), warnings.catch_warnings()
+        with unseen[0], unseen[1], unseen[2], torch.no_grad(), recorder:
             warnings.simplefilter("ignore")  # of switching a fused kernel off
             with torch.backends.mkldnn.flags(enabled=False):  # a whole LSTM in one operation
                 result = network(*args, **kwargs)
@@ -150,6 +190,15 @@ def _run(
         for module, mode in modes.items():
             module.training = mode
     recorder.record.outputs = tuple(recorder.value(x, "constant") for x in tensors_of(result, output))
+
+
+def _first(x: Tensor) -> int:
+    return int(x.storage_offset())
+
+
+def _last(x: Tensor) -> int:
+    """One behind the last entry in memory."""
+    return _first(x) + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -166,6 +215,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = {"parameter": network.named_parameters, "buffer": network.named_buffers}
         by_storage: dict[Any, Value] = {}
         stored = network.state_dict(keep_vars=True)
+        memory: dict[Any, dict[str, Tensor]] = {}
         for origin, tensors in named.items():
             for name, x in tensors(remove_duplicate=False):
                 if name not in stored:
@@ -175,6 +225,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     by_storage[key] = self._new(x, origin)  # type: ignore[arg-type]
                 self._seen[id(x)] = self.record.names[name] = by_storage[key]
                 self._alive.append(x)
+                if x.device.type != "meta" and x.numel():
+                    memory.setdefault(x.untyped_storage()._cdata, {})[name] = x
+        self._entangle(memory.values())
+
+    def _entangle(self, memory: Iterable[Mapping[str, Tensor]]) -> None:
+        """Find parameters that share memory and are not the same tensor: no order of one could be the other's."""
+        for sharing in memory:
+            for (_, x), (other, y) in itertools.permutations(sharing.items(), 2):
+                different = self._seen[id(x)] is not self._seen[id(y)]
+                if different and _first(x) < _last(y) and _first(y) < _last(x):
+                    self.record.entangled.append((self._seen[id(x)], f"shares memory with {other} in another form"))
 
     def enter(self, tree: Any, origin: Origin) -> None:
         """Make the tensors of a tree known."""
@@ -190,7 +251,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._seen[id(x)]
 
     def _new(self, x: Tensor, origin: Origin) -> Value:
-        value = Value(len(self.record.values), tuple(x.shape), origin, x.stride(), int(x.storage_offset()))
+        value = Value(len(self.record.values), tuple(x.shape), origin, x.dtype, x.stride(), int(x.storage_offset()))
         self.record.values.append(value)
         if value.number in self._keep:
             self.kept[value.number] = x.detach().clone()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -187,8 +186,8 @@ class Spec:
             inside = self._index(factor, orders, len(index), here)
             index = (index[:, None] * size + inside).reshape(-1)
             here = {group: places.repeat_interleave(size) for group, places in here.items()}
-            if isinstance(factor, str):
-                here[factor] = torch.arange(size).repeat(len(index) // size)
+            for group in groups_in(factor):
+                here[group] = self.places_in(factor, group).repeat(len(index) // size)
         return index.reshape(rows, -1)
 
     def positions(self, part: Part, orders: Orders) -> Tensor:
@@ -234,20 +233,39 @@ class Spec:
             if content["merganser_symmetry"] != 1:
                 raise ParameterError(f"these symmetries are of format {content['merganser_symmetry']}; known is 1")
             groups = {
-                str(n): Group(int(g["size"]), g.get("within"), bool(g.get("fixed")))
-                for n, g in content["groups"].items()
+                str(n): Group(g["size"], g.get("within"), bool(g.get("fixed"))) for n, g in content["groups"].items()
             }
-            axes = {n: tuple(map(partial(_checked, groups=groups), parts)) for n, parts in content["axes"].items()}
-            roles = {n: tuple(r) for n, r in content["roles"].items()}
+            for name, group in groups.items():
+                _check_group(name, group, groups)
+            axes = {n: tuple(_checked(p, groups) for p in _list(parts)) for n, parts in content["axes"].items()}
+            roles = {n: tuple(_list(r)) for n, r in content["roles"].items()}
             pinned, tied = ({str(n): str(x) for n, x in content[key].items()} for key in ("pinned", "tied"))
+            for name, parts in axes.items():
+                inside = {g for part in parts for g in groups_in(part)}
+                for g in inside:
+                    if groups[g].within not in (None, *inside):
+                        raise ValueError(f"{name} holds {g} without {groups[g].within}, which it lies within")
+            for name in (*tied, *tied.values(), *roles):
+                if name not in axes:
+                    raise ValueError(f"{name!r} has no axes")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ParameterError(
                 f"this is no file of symmetries: {error!r}", "merganser symmetry show writes one"
             ) from error
-        for name, group in groups.items():
-            if group.size < 1 or (group.within is not None and group.within not in groups):
-                raise ParameterError(f"group {name} has size {group.size} and lies within {group.within}")
         return cls(groups, axes, roles, pinned, tied)
+
+
+def _check_group(name: str, group: Group, groups: Mapping[str, Group]) -> None:
+    if isinstance(group.size, bool) or not isinstance(group.size, int) or group.size < 1:
+        raise ValueError(f"group {name} has size {group.size!r}")
+    if group.within is not None and (group.within not in groups or groups[group.within].within is not None):
+        raise ValueError(f"group {name} lies within {group.within}, which is none that others may lie within")
+
+
+def _list(parts: Any) -> list[Any]:
+    if not isinstance(parts, list):
+        raise TypeError(f"{parts!r} is no list")
+    return parts
 
 
 def _checked(part: Any, groups: Mapping[str, Group]) -> Part:
@@ -257,8 +275,8 @@ def _checked(part: Any, groups: Mapping[str, Group]) -> Part:
         ((kind, parts),) = part.items()
         if kind not in ("product", "sum"):
             raise ValueError(f"{kind!r} is neither product nor sum")
-        return {kind: [_checked(p, groups) for p in parts]}
-    if not isinstance(part, int | str):
+        return {kind: [_checked(p, groups) for p in _list(parts)]}
+    if not isinstance(part, int | str) or (isinstance(part, int) and part < 0):
         raise TypeError(f"{part!r} is no part of an axis")
     return part
 

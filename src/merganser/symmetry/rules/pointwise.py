@@ -70,13 +70,14 @@ def ordered(flow: Flow, call: Call) -> None:
     """The result depends on the order along one axis, or tells places along it: that axis is pinned."""
     source = call.args["self"]
     rank, dims = len(source.shape), call.args.get("dim", call.args.get("dims", -1))
-    if dims is None:
+    if dims is None or dims == []:
         flow.give_up(f"{call.op} over a flattened tensor")
         return
     axes = flow.of(source)
-    for dim in [dims] if isinstance(dims, int) else dims:
-        if rank:
-            flow.pin_axis(axes[dim % rank], f"{call.op} along it")
+    told = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)} if rank else set()
+    for dim in sorted(told):
+        flow.pin_axis(axes[dim], f"{call.op} along it")
+    flow.products.append([axis for dim, axis in enumerate(axes) if dim not in told])
     for value in call.outputs:
         fits = len(value.shape) == rank
         left = axes if fits else [axis for i, axis in enumerate(axes) if i != dims % rank]
@@ -128,13 +129,13 @@ def _words(text: str) -> list[str]:
 
 ENTRYWISE = _words(
     """
-    _prelu_kernel _to_copy abs acos add addcdiv addcmul alias asin atan atan2 bernoulli bitwise_and
+    _prelu_kernel _to_copy abs acos add addcdiv addcmul alias asin atan atan2 bitwise_and
     bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil celu clamp clamp_max
-    clamp_min clone copy cos cosh detach div dropout elu eq erf erfc exp exp2 expm1 fill floor floor_divide fmod
+    clamp_min clone copy cos cosh detach div elu eq erf erfc exp exp2 expm1 fill floor floor_divide fmod
     ge gelu gt hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy
     log log1p log2 log_sigmoid_forward logaddexp logical_and logical_not logical_or logical_xor lt masked_fill
-    maximum minimum mish mul nan_to_num native_dropout ne neg pow prelu reciprocal relu relu6 remainder round
-    rrelu_with_noise rsqrt rsub sgn sigmoid sign silu sin sinc sinh softplus softshrink special_expit sqrt
+    maximum minimum mish mul nan_to_num ne neg pow prelu reciprocal relu relu6 remainder round
+    rsqrt rsub sgn sigmoid sign silu sin sinc sinh softplus softshrink special_expit sqrt
     square sub tan tanh threshold trunc where xlogy zero
     """
 )

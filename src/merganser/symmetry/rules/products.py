@@ -56,7 +56,8 @@ def convolution(flow: Flow, call: Call) -> None:
     groups, turned = call.args.get("groups", 1), bool(call.args.get("transposed", False))
     spatial = len(weight.shape) - 2
     flow.tap(x)
-    apart = all(n == 1 for n in weight.shape[2:]) and value.shape[-spatial:] == x.shape[-spatial:]
+    steps, padding = call.args.get("stride", 1), call.args.get("padding", 0)
+    apart = all(n == 1 for n in (*weight.shape[2:], *_each(steps))) and not any(_each(padding))
     for axis in () if apart else (*flow.of(x)[-spatial:], *flow.of(weight)[2:]):
         flow.pin_axis(axis, "a place")
     inputs, (first, second) = flow.of(x)[-spatial - 1], flow.of(weight)[:2]
@@ -76,6 +77,11 @@ def convolution(flow: Flow, call: Call) -> None:
         flow.role(bias, 0, "additive")
     fresh = [flow.atoms.new(n, pinned="a place") for n in value.shape[-spatial:]]
     flow.set(value, [*flow.of(x)[: -spatial - 1], out, *(flow.of(x)[-spatial:] if apart else fresh)])
+
+
+def _each(sizes: object) -> list[int]:
+    """A number for every axis; padding that is a word counts as some."""
+    return list(sizes) if isinstance(sizes, list | tuple) else [sizes if isinstance(sizes, int) else 1]
 
 
 def attention(flow: Flow, call: Call) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
+
 from merganser.symmetry.axes import ONE, Axis, Family, NestingError, Product, Sum
 from merganser.symmetry.flow import Flow, Rule
 from merganser.symmetry.record import Call, Value
@@ -69,7 +71,7 @@ def transpose(flow: Flow, call: Call) -> None:
     axes = flow.of(call.args["self"])
     order = list(range(len(axes)))
     if len(axes) > 1:
-        a, b = call.args.get("dim0", 0), call.args.get("dim1", 1)
+        a, b = (call.args.get(f"dim{i}", call.args.get(f"axis{i}", i)) for i in (0, 1))
         order[a], order[b] = order[b], order[a]
     flow.set(call.outputs[0], [axes[i] for i in order])
     flow.turned(call.outputs[0], call.args["self"], order)
@@ -229,6 +231,9 @@ def index(flow: Flow, call: Call) -> None:
     """Entries at given places: axes that places are given for are pinned."""
     (value,), source = call.outputs, call.args["self"]
     axes, given = flow.of(source), list(call.args["indices"])
+    if any(isinstance(x, Value) and x.dtype in (torch.bool, torch.uint8) and len(x.shape) > 1 for x in given):
+        flow.give_up("a mask over several axes")
+        return
     given += [None] * (len(axes) - len(given))
     told = [i for i, x in enumerate(given) if x is not None]
     for i in told:

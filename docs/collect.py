@@ -1,6 +1,6 @@
 """Gather the reports of finished studies into docs/results/continual.md: `python docs/collect.py STUDIES`.
 
-STUDIES holds one folder a study, as `merganser study --out STUDIES/NAME` left it. What is said about the figures stands in
+STUDIES holds one folder a study, as `merganser study --out STUDIES/NAME` left it. What is said about the figures is in
 docs/results/continual.intro.md and is written by people; everything else is what the studies wrote.
 """
 

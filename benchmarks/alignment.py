@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from merganser.align.activations import activation_costs, unit_correlations
+from merganser.align.activations import activation_costs
 from merganser.align.costs import DualCosts, WeightCosts
 from merganser.align.many import mean_of
 from merganser.align.match import match
 from merganser.align.renorm import reset_batch_norm
-from merganser.align.zip import zip_units
-from merganser.align.zipped import zipped
+from merganser.align.zipping import zip_networks
 from merganser.symmetry import symmetries
 
 WIDTH, EPOCHS, BATCH, HELD_OUT = 512, 20, 125, 1000
@@ -114,15 +113,6 @@ def one_split(train_set: Digits, test: Digits, split: int) -> dict[str, tuple[fl
         reset_batch_norm(network, batches)
         return network
 
-    def zip_with(repeat: float) -> nn.Module:
-        clusters = {g: zip_units(s, 2, repeat=repeat).reshape(2, -1) for g, s in correlations.items()}
-        network = copy.deepcopy(one)
-        network.load_state_dict(zipped(found.spec, [a, b], [found.spec.identity()] * 2, clusters))
-        reset_batch_norm(network, batches)
-        return network
-
-    correlations = unit_correlations(found, [one, two], batches[:8])
-
     def judged(network: nn.Module, digits: Digits) -> tuple[float, float]:
         with torch.no_grad():
             return scores(logits(network, digits.x, codes), digits, halves)
@@ -144,7 +134,7 @@ def one_split(train_set: Digits, test: Digits, split: int) -> dict[str, tuple[fl
         "aligned by weights, Pearson": judged(merged(match(found.spec, alike).orders), test),
         "aligned by activations": judged(merged(start), test),
         "aligned by both (MuDSC), balance by held-out joint accuracy": judged(dual[best], test),
-        "zipped by activations (ZipIt), repeat 0.5": judged(zip_with(0.5), test),
+        "zipped by activations (ZipIt), repeat 0.5": judged(zip_networks(found, [one, two], batches[:8]), test),
         "balance": (best, float("nan")),
     }
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from merganser.align.activations import unit_correlations
 from merganser.align.many import mean_of
+from merganser.align.renorm import reset_batch_norm
 from merganser.align.zip import zip_units
 from merganser.align.zipped import zipped
-from merganser.errors import ParameterError
+from merganser.align.zipping import zip_networks
+from merganser.errors import ParameterError, ShapeError
 from merganser.symmetry import symmetries
 
 
@@ -71,3 +73,38 @@ def test_groups_that_hold_others_and_clusters_of_another_shape_are_refused() -> 
     for group, labels in ((outer, torch.zeros(2, 3)), ("nowhere", torch.zeros(2, 3)), ("0", torch.zeros(3, 12))):
         with pytest.raises(ParameterError, match=f"{group}"):
             zipped(pair.spec, [pair.a, pair.b], identity, {group: labels.long()})
+
+
+class Normed(nn.Module):
+    """Hidden units with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+def normed() -> tuple[nn.Module, tuple[int, ...]]:
+    return Normed(), (64, 5)
+
+
+@pytest.mark.parametrize("make", [mlp, normed, attention])
+@pytest.mark.parametrize("count", [2, 3])
+def test_copies_in_other_orders_are_zipped_into_the_network_itself(make, count: int) -> None:
+    pair = Pair(make)
+    reset_batch_norm(pair.one, pair.batches)
+    reset_batch_norm(pair.two, pair.batches)
+    one = zip_networks(pair.found, [pair.one, pair.two, pair.one][:count], pair.batches, repeat=1.0)
+    ((x,), _) = pair.batches[0]
+    with torch.no_grad():
+        assert torch.allclose(one(x), pair.one(x), atol=1e-4)
+
+
+def test_one_network_alone_and_networks_of_other_sizes_are_refused() -> None:
+    pair = Pair(mlp)
+    with pytest.raises(ParameterError, match="two or more"):
+        zip_networks(pair.found, [pair.one], pair.batches)
+    with pytest.raises(ShapeError, match="other tensors"):
+        zip_networks(pair.found, [pair.one, nn.Linear(5, 3)], pair.batches)

@@ -18,12 +18,18 @@ SHAPES = {
     "norm.weight": (32,),
     "head.weight": (10, 32),
 }
-#: A network of one's own: a function that gives it.
-NETWORK = """from torch import nn
+#: A network of one's own: a function that gives it, and one that gives inputs.
+NETWORK = """import torch
+from torch import nn
 
 
 def mlp():
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(64, 6, generator=generator) for _ in range(4)]
 """
 
 

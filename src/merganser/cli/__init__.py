@@ -14,6 +14,7 @@ from merganser.cli.fold import app as fold_app
 from merganser.cli.methods import methods
 from merganser.cli.study import study
 from merganser.cli.symmetry import app as symmetry_app
+from merganser.cli.zip import zip_
 from merganser.cli.zoo import app as zoo_app
 from merganser.version import __version__
 
@@ -42,6 +43,7 @@ app.add_typer(fold_app, name="fold")
 app.add_typer(symmetry_app, name="symmetry")
 app.add_typer(zoo_app, name="zoo")
 app.command()(align)
+app.command("zip")(zip_)
 app.command()(study)
 app.command()(methods)
 app.command()(inspect)

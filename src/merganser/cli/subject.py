@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from merganser.errors import MerganserError, ParameterError, RefError
 
 if TYPE_CHECKING:
+    from merganser.align.activations import Batch
     from merganser.symmetry.record import Output
 
 #: Examples and places of a sequence: numbers that no size of a network is likely to be.
@@ -39,12 +40,13 @@ class Subject:
     output: Output | None = None
 
 
-def subject(model: str, shape: tuple[int, ...] | None) -> Subject:
+def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = None) -> Subject:
     """What `MODEL` names: `package.module:name`, `path/file.py:name`, or a folder with a `config.json`.
 
     Args:
         model: a callable gives a network, or (network, args), or (network, args, kwargs).
         shape: of one input of random numbers, for a network without inputs of its own.
+        batch: inputs to use instead of all that the model brings.
 
     Raises:
         RefError: If there is no such module, file, name or folder.
@@ -52,8 +54,55 @@ def subject(model: str, shape: tuple[int, ...] | None) -> Subject:
     """
     path, colon, name = model.rpartition(":")
     if colon and not Path(model).exists():
-        return _made(model, _named(path, name), shape)
-    return _from_config(Path(model), shape)
+        return _made(model, _named(path, name), shape, batch)
+    it = _from_config(Path(model), shape)
+    return it if batch is None else replace(it, args=tuple(batch[0]), kwargs=batch[1])
+
+
+def batches_of(name: str) -> list[Batch]:
+    """What `path/file.py:name` gives, as positional and named inputs.
+
+    Raises:
+        RefError: If there is no such file or name.
+        ParameterError: If what it gives is no batch of tensors, or there is none.
+    """
+    import torch
+
+    path, colon, what = name.rpartition(":")
+    given = _named(path, what) if colon else None
+    if given is None:
+        raise RefError(f"{name} names no code", "path/file.py:name or package.module:name")
+    found: list[Batch] = []
+    for batch in _called(name, given):
+        if isinstance(batch, torch.Tensor):
+            found.append(((batch,), {}))
+        elif isinstance(batch, Mapping):
+            found.append(((), batch))
+        elif isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping):
+            found.append((tuple(batch[0]), batch[1]))
+        elif isinstance(batch, tuple | list):
+            found.append((tuple(batch), {}))
+        else:
+            raise ParameterError(
+                f"{name} gives a {type(batch).__name__}; a batch is a tensor, or tensors by place or name"
+            )
+    if not found:
+        raise ParameterError(f"{name} gives no batch")
+    return found
+
+
+def _called(name: str, given: Any) -> Any:
+    """What code gives: itself, or what it returns without arguments."""
+    if not callable(given):
+        return given
+    try:
+        inspect.signature(given).bind()
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"{name} cannot be called without arguments: {error}") from error
+    try:
+        return given()
+    except Exception as error:  # whatever the code does
+        raise ParameterError(f"{name} cannot be run: {type(error).__name__}: {error}") from error
 
 
 def _named(path: str, name: str) -> Any:
@@ -88,24 +137,19 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _made(model: str, made: Any, shape: tuple[int, ...] | None) -> Subject:
+def _made(model: str, made: Any, shape: tuple[int, ...] | None, batch: Batch | None) -> Subject:
     import torch
     from torch import nn
 
     if not isinstance(made, nn.Module | tuple):
         if not callable(made) or (inspect.isclass(made) and not issubclass(made, nn.Module)):
             raise ParameterError(f"{model} is a {type(made).__name__}; it must be a network or give one")
-        try:
-            inspect.signature(made).bind()
-        except (TypeError, ValueError) as error:
-            raise ParameterError(f"{model} cannot be called without arguments: {error}") from error
-        try:
-            made = made()
-        except Exception as error:  # whatever the code does
-            raise ParameterError(f"{model} cannot be run: {type(error).__name__}: {error}") from error
+        made = _called(model, made)
     network, args, kwargs = (*made, {})[:3] if isinstance(made, tuple) and len(made) > 1 else (made, None, {})
     if not isinstance(network, nn.Module):
         raise ParameterError(f"{model} gives a {type(network).__name__}; it must give a network")
+    if batch is not None:
+        args, kwargs = batch
     if args is None:
         if shape is None:
             raise ParameterError(

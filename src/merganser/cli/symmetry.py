@@ -10,6 +10,7 @@ import typer
 from merganser.cli.show import console
 
 if TYPE_CHECKING:
+    from merganser.cli.subject import Subject
     from merganser.symmetry import Symmetries
 
 app = typer.Typer(help="Permutation symmetries of any network, found by tracing one run of it.", no_args_is_help=True)
@@ -65,7 +66,6 @@ def traced(model: str, shape: str | None, *, check: bool = True) -> Symmetries:
     """
     from merganser.cli.subject import subject
     from merganser.errors import ParameterError
-    from merganser.symmetry import symmetries
 
     try:
         sizes = tuple(int(n) for n in shape.split(",")) if shape else None
@@ -73,7 +73,18 @@ def traced(model: str, shape: str | None, *, check: bool = True) -> Symmetries:
         raise ParameterError(f"--input is {shape!r}; it is a shape such as 2,3,32,32") from error
     if sizes and min(sizes) < 1:
         raise ParameterError(f"--input is {shape!r}; sizes are at least 1")
-    it = subject(model, sizes)
+    return found_in(model, subject(model, sizes), check=check)
+
+
+def found_in(model: str, it: Subject, *, check: bool = True) -> Symmetries:
+    """The symmetries of a subject.
+
+    Raises:
+        ParameterError: If it cannot be run.
+    """
+    from merganser.errors import ParameterError
+    from merganser.symmetry import symmetries
+
     try:
         return symmetries(it.network, it.args, it.kwargs, output=it.output, check=check)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

@@ -1,0 +1,101 @@
+"""`merganser zip`: one network from several that started apart, by joining their units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merganser.cli.show import console
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def zip_(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more, of one architecture and size.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to make.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL", help="What they are weights of: a folder with a config.json, or code: FILE:NAME."
+        ),
+    ],
+    batches: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE:NAME", help="Code that gives batches of inputs of all tasks; labels are not needed."
+        ),
+    ],
+    repeat: Annotated[
+        float,
+        typer.Option(help="Discount of units that were joined before, in (0, 1]; 1 joins whatever is most alike."),
+    ] = 0.5,
+    within: Annotated[
+        float, typer.Option(help="Share of a network's joins that may be between its own units, in [0, 1].")
+    ] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Correlate the units of several networks on data, join those that are most alike, and write one network.
+
+    Unlike `merganser align`, units of one network may be joined with each other, which leaves room for those that the
+    other network lacks. The command runs the code that MODEL and --batches name.
+
+    merganser zip a.pt b.pt --model nets.py:resnet20 --batches nets.py:batches --out zipped
+    """
+    from merganser.align.zipping import zip_networks
+    from merganser.checkpoints import open_source
+    from merganser.checkpoints.overlap import refuse_overlap
+    from merganser.checkpoints.writer import CheckpointWriter
+    from merganser.cli.subject import batches_of, subject
+    from merganser.cli.symmetry import found_in
+    from merganser.errors import OutputError
+    from merganser.numerics import DTYPE_NAMES
+    from merganser.types import TensorInfo
+    from merganser.version import __version__
+
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
+    refuse_overlap(out, checkpoints)
+    sources = [open_source(ref) for ref in checkpoints]
+    inputs = batches_of(batches)
+    it = subject(model, None, inputs[0])
+    networks = [_loaded(it.network, source) for source in sources]
+    found = found_in(model, it)
+    merged = zip_networks(found, networks, inputs, repeat=repeat, within=within)
+    tensors = {name: x.detach().contiguous() for name, x in merged.state_dict().items()}
+    infos = {name: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for name, x in tensors.items()}
+    with CheckpointWriter(out, infos, overwrite=overwrite) as writer:
+        for name, x in tensors.items():
+            writer.put(name, x)
+        receipt = {"merganser": __version__, "zipped": checkpoints, "repeat": repeat, "within": within}
+        writer.commit({**receipt, "outputs": writer.digests()}, sources[0].companions())
+    if not quiet:
+        groups = sum(not g.fixed for g in found.spec.groups.values())
+        console().print(f"{len(checkpoints)} networks, {groups} groups of units, {len(inputs)} batches")
+        console().print(f"{out}: written")
+
+
+def _loaded(network: nn.Module, source: Any) -> nn.Module:
+    """A copy of the network with the weights of a checkpoint."""
+    import copy
+
+    from merganser.errors import MissingTensorError, ShapeError
+
+    other = copy.deepcopy(network)
+    stored = {**{name: name for name in source.infos}, **source.aliases}
+    tensors = {}
+    for name, x in other.state_dict().items():
+        if name not in stored:
+            raise MissingTensorError(f"{source.ref} lacks {name} of the network")
+        tensors[name] = source.read(stored[name])
+        if tensors[name].shape != x.shape:
+            raise ShapeError(
+                f"{name} of {source.ref} is {tuple(tensors[name].shape)}, and the network's {tuple(x.shape)}"
+            )
+    other.load_state_dict(tensors)
+    return other.eval()

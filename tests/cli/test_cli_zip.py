@@ -80,7 +80,7 @@ def words(shop: Path, *checkpoints: str, batches: str = "batches", model: str = 
 def test_copies_in_another_order_are_zipped_into_the_network(shop: Path, run: Run, batches: str) -> None:
     code, text, error = run(*words(shop, "a", "b", batches=batches))
     assert (code, error) == (0, "")
-    assert "2 networks, 1 groups of units, 4 batches" in text
+    assert "2 networks, 1 group, 4 batches" in text
     one, merged = (load_file(shop / name / "model.safetensors") for name in ("a", "out"))
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
     answers = [
@@ -127,6 +127,32 @@ def test_a_folder_that_is_there_is_kept_unless_told(shop: Path, run: Run) -> Non
     assert "out exists" in error
     assert "--overwrite" in error
     assert run(*words(shop, "a", "b"), "--quiet", "--overwrite") == (0, "", "")
+
+
+def aligned(shop: Path, *more: str) -> list[str]:
+    code = str(shop / "nets.py")
+    return ["align", str(shop / "a"), str(shop / "b"), str(shop / "out"), "--model", f"{code}:mlp", *more]
+
+
+@pytest.mark.parametrize("balance", ["0", "0.5", "1"])
+def test_align_compares_what_units_do_too(shop: Path, run: Run, balance: str) -> None:
+    code, text, error = run(*aligned(shop, "--batches", f"{shop / 'nets.py'}:batches", "--balance", balance))
+    assert (code, error) == (0, "")
+    assert "-> 0\n" in text
+    one, back = (load_file(shop / name / "model.safetensors") for name in ("a", "out"))
+    assert all(torch.equal(one[name], back[name]) for name in one)
+    receipt = json.loads((shop / "out" / "merganser.json").read_text())
+    assert (receipt["balance"], receipt["similarity"]) == (float(balance), "pearson")
+
+
+def test_align_refuses_a_balance_that_is_none_and_batches_without_a_network(shop: Path, run: Run) -> None:
+    batches = ("--batches", f"{shop / 'nets.py'}:batches")
+    code, _, error = run(*aligned(shop, *batches, "--balance", "2"))
+    assert (code, "balance is 2.0" in error) == (2, True)
+    words_ = ["align", str(shop / "a"), str(shop / "b"), str(shop / "out"), "--symmetry", "x.json", *batches]
+    code, _, error = run(*words_)
+    assert (code, "--batches needs a network" in error) == (2, True)
+    assert not (shop / "out").exists()
 
 
 @pytest.mark.parametrize("setting", [("--repeat", "0"), ("--repeat", "1.5"), ("--within", "-0.1"), ("--within", "2")])

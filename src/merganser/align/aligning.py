@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merganser.align.costs import Similarity, WeightCosts
+from merganser.align.activations import ActivationCosts
+from merganser.align.costs import Costs, DualCosts, Similarity, WeightCosts
 from merganser.align.match import Matched, Progress, match
 from merganser.errors import MissingTensorError
 from merganser.numerics import sum_of_squares
@@ -37,11 +38,13 @@ def align(
     moves: Source,
     *,
     similarity: Similarity = "frobenius",
+    activations: ActivationCosts | None = None,
+    balance: float = 0.5,
     sweeps: int = 100,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Aligned:
-    """Find the order of one checkpoint's units that is nearest to another's, from the weights alone.
+    """Find the order of one checkpoint's units that is nearest to another's.
 
     Both are held in memory while it runs.
 
@@ -51,6 +54,8 @@ def align(
         moves: what is brought into its order.
         similarity: "frobenius" is Git Re-Basin's, whose ascent never lowers the inner product of the two; "pearson"
             does not see how large a unit's weights are.
+        activations: what the two do on the same inputs; weights are then compared by Pearson.
+        balance: share of the weights where there are activations, in [0, 1]; 0 looks at activations alone.
         sweeps: at most; it ends before when one changes nothing.
         seed: of the order of groups in a sweep.
         progress: called as (groups done, groups of a sweep).
@@ -63,7 +68,12 @@ def align(
     for name in a.keys() ^ b.keys():
         lacks = moves if name in a else stays
         raise MissingTensorError(f"{lacks.ref} lacks {name}, which the other has")
-    matched = match(spec, WeightCosts(spec, a, b, similarity), sweeps=sweeps, seed=seed, progress=progress)
+    costs: Costs = WeightCosts(spec, a, b, similarity)
+    start = None
+    if activations is not None:
+        start = match(spec, activations, sweeps=sweeps, seed=seed, progress=progress).orders
+        costs = DualCosts(WeightCosts(spec, a, b, "pearson"), activations, balance)
+    matched = match(spec, costs, start=start, sweeps=sweeps, seed=seed, progress=progress)
     before, after = (
         sum(sum_of_squares(a[n].double() - spec.apply(orders, n, b[n]).double()) for n in a) ** 0.5
         for orders in (spec.identity(), matched.orders)

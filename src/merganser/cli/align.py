@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merganser.cli.show import console, progress_bar
-from merganser.cli.symmetry import Input, traced
+from merganser.cli.show import console, counted, progress_bar
+from merganser.cli.symmetry import Input, found_in, shape_of
+
+if TYPE_CHECKING:
+    from merganser.align.activations import ActivationCosts
 
 
 class Alike(str, Enum):
@@ -36,6 +39,13 @@ def align(
     similarity: Annotated[
         Alike, typer.Option(help="frobenius: inner products; pearson: correlations, blind to size.")
     ] = Alike.frobenius,
+    batches: Annotated[
+        str | None,
+        typer.Option(metavar="FILE:NAME", help="Code that gives batches of inputs: compare what units do, too."),
+    ] = None,
+    balance: Annotated[
+        float, typer.Option(help="With --batches: share of the weights, in [0, 1]; 0 looks at activations alone.")
+    ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the order in which groups are taken.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -43,25 +53,29 @@ def align(
     """Permute the units of MOVES so that its weights are as near as possible to those of STAYS.
 
     Networks that started apart hold the same things in other places; merge them after this. The function of MOVES does
-    not change. Only weights are looked at.
+    not change. Only weights are looked at, and with --batches also what the units do.
 
     merganser align models/a models/b aligned-b
     merganser align a.pt b.pt aligned-b --model my_networks.py:resnet20 --input 2,3,32,32
     """
+    from merganser.align.activations import activation_costs
     from merganser.align.aligning import Reordered
     from merganser.align.aligning import align as find
     from merganser.checkpoints import open_source
     from merganser.checkpoints.copying import write_source
     from merganser.checkpoints.overlap import refuse_overlap
+    from merganser.cli.subject import batches_of, loaded, subject
     from merganser.errors import OutputError, ParameterError, RefError
     from merganser.symmetry import Spec
 
-    if model is not None and symmetry is not None:
-        raise ParameterError("--model and --symmetry both say what may move", "give one of them")
+    if symmetry is not None and (model is not None or batches is not None):
+        what = "--model" if model is not None else "--batches"
+        raise ParameterError(f"{what} needs a network to run, and --symmetry brings none", "leave --symmetry out")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
     refuse_overlap(out, [stays, moves])
     one, two = open_source(stays), open_source(moves)
+    seen: ActivationCosts | None = None
     if symmetry is not None:
         if not symmetry.is_file():
             raise RefError(f"{symmetry} does not exist", "merganser symmetry show MODEL --json FILE")
@@ -70,16 +84,31 @@ def align(
         except UnicodeDecodeError as error:
             raise ParameterError(f"{symmetry} is no file of symmetries: {error}") from error
     else:
-        traces = traced(model or stays, shape)
+        inputs = batches_of(batches) if batches is not None else None
+        it = subject(model or stays, shape_of(shape), inputs[0] if inputs else None)
+        traces = found_in(model or stays, it)
         spec = traces.spec
+        if inputs:
+            seen = activation_costs(traces, loaded(it.network, one), loaded(it.network, two), inputs)
         for name in traces.unsound:
             console().print(f"refused by the self-check, and left as it is: {name}")
     with progress_bar("matching", quiet=quiet, unit="groups") as progress:
-        found = find(spec, one, two, similarity=similarity.value, seed=seed, progress=progress)
+        found = find(
+            spec,
+            one,
+            two,
+            similarity=similarity.value,
+            activations=seen,
+            balance=balance,
+            seed=seed,
+            progress=progress,
+        )
     receipt = {
         "stays": stays,
         "moves": moves,
-        "similarity": similarity.value,
+        "similarity": "pearson" if batches else similarity.value,
+        "batches": batches,
+        "balance": balance if batches else None,
         "seed": seed,
         "sweeps": found.matched.sweeps,
         "settled": found.matched.settled,
@@ -91,5 +120,7 @@ def align(
         write_source(Reordered(two, spec, found.matched.orders), out, receipt, overwrite=overwrite, progress=progress)
     if not quiet:
         distance = f"distance {found.before:.4g} -> {found.after:.4g}"
-        console().print(f"{found.matched.sweeps} sweeps over {len(spec.groups)} groups: {distance}")
+        console().print(
+            f"{counted(found.matched.sweeps, 'sweep')} over {counted(len(spec.groups), 'group')}: {distance}"
+        )
         console().print(f"{out}: written")

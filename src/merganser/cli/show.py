@@ -44,6 +44,18 @@ def progress_bar(
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "group"), counted(2, "batch"), counted(3, "axis")
+    ('1 group', '2 batches', '3 axes')
+    """
+    if count == 1:
+        return f"1 {thing}"
+    plural = thing[:-2] + "es" if thing.endswith("is") else thing + ("es" if thing.endswith("ch") else "s")
+    return f"{count} {plural}"
+
+
 def size(count: float) -> str:
     """Bytes for people.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -13,9 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from merganser.errors import MerganserError, ParameterError, RefError
+from merganser.errors import MerganserError, MissingTensorError, ParameterError, RefError, ShapeError
+from merganser.types import Source
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from merganser.align.activations import Batch
     from merganser.symmetry.record import Output
 
@@ -57,6 +61,27 @@ def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = Non
         return _made(model, _named(path, name), shape, batch)
     it = _from_config(Path(model), shape)
     return it if batch is None else replace(it, args=tuple(batch[0]), kwargs=batch[1])
+
+
+def loaded(network: nn.Module, source: Source) -> nn.Module:
+    """A copy of a network with the weights of a checkpoint, in evaluation mode.
+
+    Raises:
+        MissingTensorError: If the checkpoint lacks a tensor of the network.
+        ShapeError: If one has another shape.
+    """
+    other = copy.deepcopy(network)
+    stored = {**{name: name for name in source.infos}, **source.aliases}
+    tensors = {}
+    for name, x in other.state_dict().items():
+        if name not in stored:
+            raise MissingTensorError(f"{source.ref} lacks {name} of the network")
+        tensors[name] = source.read(stored[name])
+        if tensors[name].shape != x.shape:
+            shapes = f"{tuple(tensors[name].shape)}, and the network's {tuple(x.shape)}"
+            raise ShapeError(f"{name} of {source.ref} is {shapes}")
+    other.load_state_dict(tensors)
+    return other.eval()
 
 
 def batches_of(name: str) -> list[Batch]:

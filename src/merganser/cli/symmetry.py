@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merganser.cli.show import console
+from merganser.cli.show import console, counted
 
 if TYPE_CHECKING:
     from merganser.cli.subject import Subject
@@ -65,6 +65,16 @@ def traced(model: str, shape: str | None, *, check: bool = True) -> Symmetries:
         MerganserError: If it names nothing that can be run.
     """
     from merganser.cli.subject import subject
+
+    return found_in(model, subject(model, shape_of(shape)), check=check)
+
+
+def shape_of(shape: str | None) -> tuple[int, ...] | None:
+    """Sizes written as 2,3,32,32.
+
+    Raises:
+        ParameterError: If it is no shape.
+    """
     from merganser.errors import ParameterError
 
     try:
@@ -73,7 +83,7 @@ def traced(model: str, shape: str | None, *, check: bool = True) -> Symmetries:
         raise ParameterError(f"--input is {shape!r}; it is a shape such as 2,3,32,32") from error
     if sizes and min(sizes) < 1:
         raise ParameterError(f"--input is {shape!r}; sizes are at least 1")
-    return found_in(model, subject(model, sizes), check=check)
+    return sizes
 
 
 def found_in(model: str, it: Subject, *, check: bool = True) -> Symmetries:
@@ -121,4 +131,4 @@ def _print(found: Symmetries, *, pinned: bool) -> None:
             out.print(f"{place}: {why}")
     else:
         for why, count in Counter(spec.pinned.values()).most_common(5):
-            out.print(f"fixed  {count} {'axis' if count == 1 else 'axes'}: {why}")
+            out.print(f"fixed  {counted(count, 'axis')}: {why}")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from merganser.cli.show import console
-
-if TYPE_CHECKING:
-    from torch import nn
+from merganser.cli.show import console, counted
 
 
 def zip_(
@@ -51,7 +48,7 @@ def zip_(
     from merganser.checkpoints import open_source
     from merganser.checkpoints.overlap import refuse_overlap
     from merganser.checkpoints.writer import CheckpointWriter
-    from merganser.cli.subject import batches_of, subject
+    from merganser.cli.subject import batches_of, loaded, subject
     from merganser.cli.symmetry import found_in
     from merganser.errors import OutputError
     from merganser.numerics import DTYPE_NAMES
@@ -64,7 +61,7 @@ def zip_(
     sources = [open_source(ref) for ref in checkpoints]
     inputs = batches_of(batches)
     it = subject(model, None, inputs[0])
-    networks = [_loaded(it.network, source) for source in sources]
+    networks = [loaded(it.network, source) for source in sources]
     found = found_in(model, it)
     merged = zip_networks(found, networks, inputs, repeat=repeat, within=within)
     tensors = {name: x.detach().contiguous() for name, x in merged.state_dict().items()}
@@ -76,26 +73,6 @@ def zip_(
         writer.commit({**receipt, "outputs": writer.digests()}, sources[0].companions())
     if not quiet:
         groups = sum(not g.fixed for g in found.spec.groups.values())
-        console().print(f"{len(checkpoints)} networks, {groups} groups of units, {len(inputs)} batches")
+        said = (counted(len(checkpoints), "network"), counted(groups, "group"), counted(len(inputs), "batch"))
+        console().print(", ".join(said))
         console().print(f"{out}: written")
-
-
-def _loaded(network: nn.Module, source: Any) -> nn.Module:
-    """A copy of the network with the weights of a checkpoint."""
-    import copy
-
-    from merganser.errors import MissingTensorError, ShapeError
-
-    other = copy.deepcopy(network)
-    stored = {**{name: name for name in source.infos}, **source.aliases}
-    tensors = {}
-    for name, x in other.state_dict().items():
-        if name not in stored:
-            raise MissingTensorError(f"{source.ref} lacks {name} of the network")
-        tensors[name] = source.read(stored[name])
-        if tensors[name].shape != x.shape:
-            raise ShapeError(
-                f"{name} of {source.ref} is {tuple(tensors[name].shape)}, and the network's {tuple(x.shape)}"
-            )
-    other.load_state_dict(tensors)
-    return other.eval()

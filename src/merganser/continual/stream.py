@@ -143,9 +143,12 @@ def _one_thread() -> None:
 
 @contextmanager
 def _single_threaded_algebra() -> Iterator[None]:
+    from threadpoolctl import threadpool_limits
+
     before = torch.get_num_threads()
     try:
-        yield
+        with threadpool_limits(1):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from merganser.errors import ParameterError
-from merganser.numerics import gram_of_rows, singular_tolerance
+from merganser.numerics import eigen_of_rows, product, singular_tolerance
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -64,24 +64,43 @@ def opcm(
         k, rank = _leading(s, alpha, tolerance)
     else:  # s_i and u_i from the small Gram matrix in float64 resolve s down to 1e-8 s_1; then v_i = u^T u_i / s_i
         wide = merged.double()
-        squares, U = torch.linalg.eigh(gram_of_rows(wide))
-        s, U = squares.flip(0).clamp(min=0).sqrt(), U.flip(1)
+        squares, exact = eigen_of_rows(wide)
+        s, U = squares.clamp(min=0).sqrt(), exact.to(d.dtype)
         k, rank = _leading(s, alpha, tolerance)
         strong = min(rank, int((s > 0.01 * s[0]).sum()))  # float32 is enough for their v_i, and twice as fast
-        left, Vh = (U[:, :rank] / s[:rank]).T, merged.new_empty(rank, merged.shape[1])
-        torch.mm(left[:strong].to(d.dtype), merged, out=Vh[:strong])
-        if strong < rank:
-            Vh[strong:] = left[strong:] @ wide
-        del wide, left
-        U = U.to(d.dtype)
+        if strong == rank and 3 * rank * merged.shape[1] > 2 * merged.shape[0] * sum(merged.shape):
+            del wide, exact
+            return _without_right(merged, d, U[:, :rank], s[:rank].to(d.dtype), k, diagonal)
+        Vh = merged.new_empty(rank, merged.shape[1])
+        Vh[:strong] = product(U[:, :strong].T, merged)
+        Vh[strong:] = product(exact[:, strong:rank].T, wide)
+        del wide, exact
+        Vh /= s[:rank, None].to(d.dtype)
     if rank == 0:  # nothing merged so far
         return d + merged
-    kept = d @ Vh[:rank].T  # d V; from here on, in place, U E
-    kept[:, :k] = U[:, :k] @ (U[:, :k].T @ kept[:, :k])
-    if diagonal == "drop":
-        kept[:, k:] = U[:, k:rank] * (U[:, k:rank] * kept[:, k:]).sum(0)
+    kept = product(d, Vh[:rank].T)  # d V; from here on, in place, U E
+    _keep_entries(kept, U[:, :rank], k, diagonal)
     used = rank if diagonal == "drop" else k
-    return torch.addmm(d, kept[:, :used], Vh[:used], alpha=-1).add_(merged)
+    return product(kept[:, :used], Vh[:used]).neg_().add_(d).add_(merged)
+
+
+def _without_right(merged: Tensor, d: Tensor, U: Tensor, s: Tensor, k: int, diagonal: str) -> Tensor:
+    """The same where d is wide and no s is small: two large products, not three, since V = u^T U S^-1 is never made.
+
+    U E V^T = U E S^-1 U^T u,   P S^-1 = U^T (d u^T) U S^-2
+    """
+    kept = product(product(d, merged.T), U).div_(s.square())
+    _keep_entries(kept, U, k, diagonal)
+    return product(product(kept, U.T), merged).neg_().add_(d).add_(merged)
+
+
+def _keep_entries(x: Tensor, U: Tensor, k: int, diagonal: str) -> None:
+    """From U P to U E, in place; with "keep" there is nothing behind the block."""
+    x[:, :k] = U[:, :k] @ (U[:, :k].T @ x[:, :k])
+    if diagonal == "drop":
+        torch.mul(U[:, k:], torch.linalg.vecdot(U[:, k:], x[:, k:], dim=0), out=x[:, k:])
+    else:
+        x[:, k:] = 0
 
 
 def _leading(s: Tensor, alpha: float, tolerance: float) -> tuple[int, int]:

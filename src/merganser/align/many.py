@@ -44,12 +44,20 @@ def star(
     return [spec.identity(), *orders]
 
 
-def merge_many(spec: Spec, networks: Sequence[Tensors], *, passes: int = 20, seed: int = 0) -> list[dict[str, Tensor]]:
+def merge_many(
+    spec: Spec,
+    networks: Sequence[Tensors],
+    *,
+    start: Sequence[Orders] | None = None,
+    passes: int = 20,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
     """Orders of all networks that bring them as near to their mean as a step at a time can.
 
     Args:
         spec: symmetries of all.
         networks: tensors by name, in memory.
+        start: orders to begin with; by default those of `star`.
         passes: over all networks, at most.
         seed: of the order of networks and groups.
 
@@ -57,9 +65,9 @@ def merge_many(spec: Spec, networks: Sequence[Tensors], *, passes: int = 20, see
         ParameterError: If there is no network.
     """
     _check(networks)
-    orders: list[dict[str, Tensor]] = star(spec, networks, seed=seed)
+    orders = star(spec, networks, seed=seed) if start is None else [dict(o) for o in start]
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(passes if len(networks) > 2 else 0):
+    for _ in range(passes if len(networks) > 2 or start is not None else 0):
         changed = False
         for i in torch.randperm(len(networks), generator=generator).tolist():
             others = mean_of(spec, [n for j, n in enumerate(networks) if j != i], orders[:i] + orders[i + 1 :])

@@ -34,6 +34,10 @@ def zip_(
     within: Annotated[
         float, typer.Option(help="Share of a network's joins that may be between its own units, in [0, 1].")
     ] = 1.0,
+    balance: Annotated[
+        float, typer.Option(help="Share of the weights in what is alike, in [0, 1]; 0 is ZipIt, above it MuDSC.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which groups are taken.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -63,13 +67,14 @@ def zip_(
     it = subject(model, None, inputs[0])
     networks = [loaded(it.network, source) for source in sources]
     found = found_in(model, it)
-    merged = zip_networks(found, networks, inputs, repeat=repeat, within=within)
+    merged = zip_networks(found, networks, inputs, repeat=repeat, within=within, balance=balance, seed=seed)
     tensors = {name: x.detach().contiguous() for name, x in merged.state_dict().items()}
     infos = {name: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for name, x in tensors.items()}
     with CheckpointWriter(out, infos, overwrite=overwrite) as writer:
         for name, x in tensors.items():
             writer.put(name, x)
-        receipt = {"merganser": __version__, "zipped": checkpoints, "repeat": repeat, "within": within}
+        settings = {"repeat": repeat, "within": within, "balance": balance, "seed": seed}
+        receipt = {"merganser": __version__, "zipped": checkpoints, **settings}
         writer.commit({**receipt, "outputs": writer.digests()}, sources[0].companions())
     if not quiet:
         groups = sum(not g.fixed for g in found.spec.groups.values())

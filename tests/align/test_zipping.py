@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from merganser.align.activations import unit_correlations
 from merganser.align.costs import WeightCosts
+from merganser.align.renorm import layer_statistics
 from merganser.align.zip import zip_units
 from merganser.align.zipped import closed, zipped, zipped_apart
-from merganser.align.zipping import Zip, by_depth, joined_units, weight_correlations, zip_networks, zip_partly
+from merganser.align.zipping import (
+    Zip,
+    by_depth,
+    joined_units,
+    weight_correlations,
+    zip_networks,
+    zip_partly,
+    zipped_statistics,
+)
 from merganser.errors import ParameterError
 from merganser.symmetry import symmetries
 
@@ -186,3 +195,33 @@ def test_settings_out_of_range_and_open_sets_of_groups_are_refused() -> None:
     labels = torch.arange(found.spec.groups[inside].size).expand(2, -1)
     with pytest.raises(ParameterError, match="cannot be zipped alone"):
         zipped_apart(found.spec, [tensors(n) for n in networks], {inside: labels})
+
+
+def test_statistics_of_clusters_by_loops() -> None:
+    networks, batches = residuals()
+    spec = symmetries(networks[0], *batches[0]).spec
+    clusters = {
+        g: torch.zeros(2, spec.groups[g].size, dtype=torch.int64) + torch.arange(2)[:, None] for g in by_depth(spec)
+    }
+    last = by_depth(spec)[-1]
+    clusters[last] = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6], [0, 7, 7, 7, 1, 2, 3, 4]])
+    mine = [layer_statistics(n, batches) for n in networks]
+    found = zipped_statistics(spec, mine, [spec.identity()] * 2, clusters)
+    for i in range(2):
+        members: list[list[Tensor]] = [[] for _ in range(8)]
+        for statistics, labels in zip(mine, clusters[last].tolist(), strict=True):
+            for unit, cluster in enumerate(labels):
+                members[cluster].append(statistics["three"][i][unit])
+        torch.testing.assert_close(found["three"][i], torch.stack([torch.stack(m).mean() for m in members]))
+
+
+def test_a_zip_that_is_repaired_has_the_statistics_of_its_clusters() -> None:
+    networks, batches = residuals()
+    found = symmetries(networks[0], *batches[0])
+    orders = [found.spec.identity()] * 2
+    clusters = joined_units(found, networks, orders, batches[:1], Zip())
+    merged = zip_networks(found, networks, batches[:1], repairs=True)
+    wanted = zipped_statistics(found.spec, [layer_statistics(n, batches[:1]) for n in networks], orders, clusters)
+    for layer, (mean, deviation) in layer_statistics(merged, batches[:1]).items():
+        torch.testing.assert_close(mean, wanted[layer][0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(deviation, wanted[layer][1], rtol=1e-9, atol=1e-9)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from merganser.align.activations import Batch, activation_costs, unit_correlations
 from merganser.align.costs import Moments, grown, unfold
 from merganser.align.match import match
-from merganser.align.renorm import reset_batch_norm
+from merganser.align.renorm import Statistics, layer_statistics, repair, reset_batch_norm
 from merganser.align.zip import zip_units
 from merganser.align.zipped import closed, landed, zipped, zipped_apart
 from merganser.errors import ParameterError, ShapeError
@@ -66,6 +66,7 @@ def zip_networks(
     repeat: float = 0.5,
     within: float = 1.0,
     balance: float = 0.0,
+    repairs: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """One network of the size of one from several.
@@ -77,6 +78,8 @@ def zip_networks(
         repeat: discount of units that were joined before, in (0, 1].
         within: share of a network's joins that may be between its own units, in [0, 1].
         balance: share of the weights in the similarities, in [0, 1]: 0 is ZipIt, above it MuDSC.
+        repairs: give layers with a bias the means and deviations of their parents back (REPAIR), for networks without
+            BatchNorm; that is measured anew in any case.
         seed: of the order in which groups are matched.
 
     Raises:
@@ -89,7 +92,23 @@ def zip_networks(
     for other in networks[1:]:
         orders.append(match(found.spec, activation_costs(found, networks[0], other, batches), seed=seed).orders)
     clusters = joined_units(found, networks, orders, batches, how)
-    return _network(networks[0], zipped(found.spec, states, orders, clusters), batches)
+    merged = _network(networks[0], zipped(found.spec, states, orders, clusters), batches)
+    if repairs:
+        statistics = [layer_statistics(network, batches) for network in networks]
+        repair(merged, [zipped_statistics(found.spec, statistics, orders, clusters)], batches)
+    return merged
+
+
+def zipped_statistics(
+    spec: Spec, networks: Sequence[Statistics], orders: Sequence[Orders], clusters: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Means over clusters of the units' means and deviations, for layers with a bias: they are averaged as it is."""
+    known = {layer: f"{layer}.bias" for layer in networks[0] if f"{layer}.bias" in spec.axes}
+    means, deviations = (
+        zipped(spec, [{bias: n[layer][i] for layer, bias in known.items()} for n in networks], orders, clusters)
+        for i in range(2)
+    )
+    return {layer: (means[bias], deviations[bias]) for layer, bias in known.items()}
 
 
 def zip_partly(

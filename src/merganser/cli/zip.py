@@ -37,6 +37,9 @@ def zip_(
     balance: Annotated[
         float, typer.Option(help="Share of the weights in what is alike, in [0, 1]; 0 is ZipIt, above it MuDSC.")
     ] = 0.0,
+    repairs: Annotated[
+        bool, typer.Option("--repair", help="Without BatchNorm: give layers their parents' means and deviations back.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the order in which groups are taken.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
@@ -67,13 +70,15 @@ def zip_(
     it = subject(model, None, inputs[0])
     networks = [loaded(it.network, source) for source in sources]
     found = found_in(model, it)
-    merged = zip_networks(found, networks, inputs, repeat=repeat, within=within, balance=balance, seed=seed)
+    merged = zip_networks(
+        found, networks, inputs, repeat=repeat, within=within, balance=balance, repairs=repairs, seed=seed
+    )
     tensors = {name: x.detach().contiguous() for name, x in merged.state_dict().items()}
     infos = {name: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for name, x in tensors.items()}
     with CheckpointWriter(out, infos, overwrite=overwrite) as writer:
         for name, x in tensors.items():
             writer.put(name, x)
-        settings = {"repeat": repeat, "within": within, "balance": balance, "seed": seed}
+        settings = {"repeat": repeat, "within": within, "balance": balance, "repair": repairs, "seed": seed}
         receipt = {"merganser": __version__, "zipped": checkpoints, **settings}
         writer.commit({**receipt, "outputs": writer.digests()}, sources[0].companions())
     if not quiet:

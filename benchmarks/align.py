@@ -3,6 +3,7 @@
     python benchmarks/align.py                # makes the peer's environment once, then measures
     python benchmarks/align.py --small        # the same in miniature, to see that everything works
     python benchmarks/align.py --no-peer --out table.md
+    python benchmarks/align.py --only-peer    # ResNet-18 alone
 
 Each measured run is a process of its own. The runs take turns, one at a time; the clock runs inside them, with the
 networks in memory. Before that, either side does all of it once on a network of two layers, so that what is imported
@@ -17,8 +18,8 @@ says. Both get the same picture to trace by. The peer measures BatchNorm's stati
 BatchNorm's scales and biases and leaves running means and variances where they were, so that what it gives is another
 function until they are measured anew ("output changed by"). Ours moves them. Ours also checks in float64 that what it
 found are symmetries, which the peer does not; so ours runs with the check, which is what counts, and without. Each
-matches what it may move, until a sweep changes nothing: ours in float64, BatchNorm's statistics with the rest, the peer
-in float32. The peer works with torch 2.13.0, so both sides use the same one.
+matches what it may move, until a sweep changes nothing: ours in float64, the peer in float32. How many sweeps that takes depends on the order of groups, which is another one in every round, by seed; so
+time a sweep is given too. The peer works with torch 2.13.0, so both sides use the same one.
 
 This script imports nothing outside the standard library until it is a measured process: a child of a large process
 would inherit its peak memory, and the peer's environment has no merganser.
@@ -27,6 +28,7 @@ would inherit its peak memory, and the peer's environment has no merganser.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -38,7 +40,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,7 @@ class Sizes:
         batch: images of one batch.
         vit: width and layers.
         channels: of ResNet-18's first stage.
+        order: seed of the order of groups, where sides are compared.
         picture: side of a picture for ViT and ResNet-18.
     """
 
@@ -74,6 +77,7 @@ class Sizes:
     vit: tuple[int, int] = (384, 12)
     channels: int = 64
     picture: int = 224
+    order: int = 0
 
 
 SMALL = Sizes(units=64, width=1, images=40, batch=20, vit=(96, 2), channels=8, picture=64)
@@ -253,7 +257,7 @@ def run_ours(sizes: Sizes, *, check: bool = True) -> dict[str, Any]:
     def rebase(one: nn.Module, two: nn.Module, x: Tensor) -> dict[str, Any]:
         finding, found = timed(lambda: symmetries(one, (x,), check=check))
         spec, tensors = found.spec, state(two)
-        matched = match(spec, WeightCosts(spec, state(one), tensors))
+        matched = match(spec, WeightCosts(spec, state(one), tensors), seed=sizes.order)
         with torch.no_grad():
             two.load_state_dict({n: spec.apply(matched.orders, n, t) for n, t in tensors.items()})
         return {"finding": finding, "sweeps": matched.sweeps, "groups": len(spec.groups)}
@@ -266,8 +270,6 @@ def run_rebasin(sizes: Sizes) -> dict[str, Any]:
     import torch
     from rebasin import PermutationCoordinateDescent
 
-    torch.manual_seed(0)  # the order of its sweeps is torch's global one
-
     class Counted(PermutationCoordinateDescent):
         sweeps = 0
 
@@ -277,6 +279,7 @@ def run_rebasin(sizes: Sizes) -> dict[str, Any]:
 
     def rebase(one: nn.Module, two: nn.Module, x: Tensor) -> dict[str, Any]:
         finding, descent = timed(lambda: Counted(one, two, x))
+        torch.manual_seed(sizes.order)  # it draws orders from torch's global generator
         descent.rebasin()
         groups = len(descent.pinit.model_graph.permutation_to_info)
         return {"finding": finding, "sweeps": descent.sweeps, "groups": groups}
@@ -335,18 +338,21 @@ def target_table(found: dict[str, list[Run]], sizes: Sizes) -> list[str]:
     """Every measure beside its target."""
     channels = "/".join(str(sizes.width * c) for c in (16, 32, 64))
     (width, layers), images = sizes.vit, f"{sizes.images:,} images in batches of {sizes.batch}"
-    shares = quotients(said(found["activations"], "seconds"), said(found["activations"], "forwards"))
+    shares = [run.said["seconds"] / run.said["forwards"] for run in found.get("activations", [])]
+    seconds = {name: said(runs, "seconds") for name, runs in found.items()}
     measures = [
-        (f"greedy zip, 2 x {sizes.units} units, s", said(found["zip"], "seconds"), "at most", 0.05, 3),
-        (f"ResNet-20 of {channels}, weight matching, s", said(found["resnet20"], "seconds"), "at most", 2, 2),
+        (f"greedy zip, 2 x {sizes.units} units, s", seconds.get("zip"), "at most", 0.05, 3),
+        (f"ResNet-20 of {channels}, weight matching, s", seconds.get("resnet20"), "at most", 2, 2),
         (f"the same pair, activations of {images} / two forwards", shares, "at most", 1.5, 2),
-        (f"ViT, {width} wide, {layers} layers, weight matching, s", said(found["vit"], "seconds"), "at most", 60, 1),
+        (f"ViT, {width} wide, {layers} layers, weight matching, s", seconds.get("vit"), "at most", 60, 1),
     ]
     if THEIRS in found:
-        ratios = quotients(said(found[THEIRS], "seconds"), said(found[OURS], "seconds"))
+        ratios = quotients(seconds[THEIRS], seconds[OURS])
         measures.append(("ResNet-18 to rebased weights, rebasin / ours", ratios, "at least", 10, 2))
     lines = [row("", "measured", "target", "met"), row("---", "---:", "---:", "---")]
     for name, values, bound, target, digits in measures:
+        if not values:
+            continue
         middle = statistics.median(values)
         met = middle <= target if bound == "at most" else middle >= target
         lines.append(row(name, spread(values, digits), f"{bound} {target:g}", "yes" if met else "no"))
@@ -355,6 +361,8 @@ def target_table(found: dict[str, list[Run]], sizes: Sizes) -> list[str]:
 
 def apart(found: dict[str, list[Run]]) -> list[str]:
     """What is not in the targets."""
+    if "activations" not in found:
+        return []
     lines = ["", row("not in the above", "finding symmetries s", "sweeps", "settled", "peak MB")]
     lines.append(row("---", *["---:"] * 4))
     for name, label in (("resnet20", "ResNet-20"), ("vit", "ViT")):
@@ -376,15 +384,17 @@ def peer_table(found: dict[str, list[Run]]) -> list[str]:
     }
     shown = {labels[name]: found[name] for name in labels if name in found}
     head = ("ResNet-18", "to rebased weights s", "of it tracing s", "sweeps", "groups", "first use s", "process s")
-    more = ("peak MB", "MB before", "distance after", "output changed by")
-    lines = ["", row(*head, *more), row("---", *["---:"] * 10)]
+    more = ("peak MB", "MB before", "distance after", "output changed by", "s a sweep")
+    lines = ["", row(*head, *more), row("---", *["---:"] * 11)]
     for label, runs in shown.items():
-        first = runs[0].said
+        sweeps = said(runs, "sweeps")
+        matching_s = [run.said["seconds"] - run.said["finding"] for run in runs]
         times = [spread(said(runs, "seconds"), 2), spread(said(runs, "finding"), 2)]
         whole = [spread(said(runs, "warm"), 2), spread([r.wall_s for r in runs])]
         memory = [spread(said(runs, key), 0) for key in ("peak_mb", "start_mb")]
-        outcome = [f"{first['after']:.2f}", f"{first['change']:.0e}"]
-        lines.append(row(label, *times, first["sweeps"], first["groups"], *whole, *memory, *outcome))
+        outcome = [spread(said(runs, "after"), 2), f"{max(said(runs, 'change')):.0e}"]
+        outcome.append(spread(quotients(matching_s, sweeps), 2))
+        lines.append(row(label, *times, spread(sweeps, 0), runs[0].said["groups"], *whole, *memory, *outcome))
     if THEIRS in found:
         pairs = [(label, found[name]) for name, label in labels.items() if name != THEIRS]
         lines += ["", row("rebasin / ours", "to rebased weights", "peak memory"), row("---", "---:", "---:")]
@@ -408,23 +418,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="small networks; the targets are for the large ones")
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--only-peer", action="store_true", help="ResNet-18 alone, both sides")
     parser.add_argument("--peer-python", type=Path, help="an environment that has the peer already")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--order", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = SMALL if args.small else Sizes()
+    sizes = replace(SMALL if args.small else Sizes(), order=args.order)
     if args.measure:
         one_run(args.measure, sizes, args.threads)
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    names = [name for name in RUNS if name != THEIRS or not args.no_peer]
+    compared = (THEIRS, OURS, UNCHECKED)
+    names = [n for n in RUNS if not (args.no_peer and n == THEIRS) and not (args.only_peer and n not in compared)]
     pythons = dict.fromkeys(names, sys.executable)
     if not args.no_peer:
         pythons[THEIRS] = peer_python(args.work.resolve(), args.peer_python)
 
     def runner(name: str) -> Callable[[], Run]:
         command = [pythons[name], str(Path(__file__).resolve()), "--measure", name, "--threads", str(args.threads)]
-        return lambda: measure(command + ["--small"] * args.small, args.threads)
+        orders = itertools.count()
+        more = ["--small"] * args.small
+        return lambda: measure([*command, *more, "--order", str(next(orders))], args.threads)
 
     found = interleave(args.rounds, {name: runner(name) for name in names})
     versions = " and ".join(sorted({run.said["torch"] for runs in found.values() for run in runs}))

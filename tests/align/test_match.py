@@ -164,3 +164,66 @@ def test_matched_attention_is_the_same_network() -> None:
     assert float((one - two).abs().max()) < 1e-12
     undone = spec.inverse(moved)
     assert all(torch.equal(found.orders[n], undone[n]) for n in undone)
+
+
+class Counting:
+    """Costs that count how often they are asked for."""
+
+    def __init__(self, costs: WeightCosts) -> None:
+        self.costs, self.asked = costs, list[str]()
+
+    def units(self, group: str, orders: Mapping[str, Tensor]) -> Tensor:
+        self.asked.append(group)
+        return self.costs.units(group, orders)
+
+    def inner_units(self, group: str, orders: Mapping[str, Tensor]) -> Tensor:
+        return self.costs.inner_units(group, orders)
+
+
+def layers(count: int) -> tuple[Spec, dict[str, Tensor], dict[str, Tensor]]:
+    """Two random networks of that many hidden layers of seven units."""
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        nets.append(nn.Sequential(*[nn.Linear(7, 7) for _ in range(count + 1)]))
+    a, b = ({n: x.detach() for n, x in net.state_dict().items()} for net in nets)
+    return symmetries(nets[0], (torch.randn(2, 7),)).spec, a, b
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_ends_where_no_group_has_a_better_order(seed: int) -> None:
+    spec, a, b = layers(6)
+    costs = WeightCosts(spec, a, b)
+    found = match(spec, costs, seed=seed)
+    assert found.settled
+    for group in spec.groups:
+        similarity, order = costs.units(group, found.orders), found.orders[group]
+        best = similarity.gather(1, assign(similarity)[:, None]).sum()
+        assert float(similarity.gather(1, order[:, None]).sum()) == pytest.approx(float(best), rel=1e-11)
+
+
+def test_groups_whose_neighbours_stayed_are_not_looked_at_again() -> None:
+    spec, a, b = layers(6)
+    costs = Counting(WeightCosts(spec, a, b))
+    found = match(spec, costs, start=match(spec, costs).orders)
+    assert found.sweeps == 1
+    costs.asked.clear()
+    settled = match(spec, costs)
+    assert len(costs.asked) < settled.sweeps * len(spec.groups)
+    costs.asked.clear()
+    match(spec, costs, start=settled.orders)
+    assert sorted(costs.asked) == sorted(spec.groups)
+
+
+def test_running_statistics_are_no_weights() -> None:
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    spec = symmetries(one, (torch.randn(3, 4),)).spec
+    a = {n: x.detach().clone() for n, x in one.state_dict().items()}
+    order = torch.randperm(8)
+    b = {n: x[:, order] if n == "3.weight" else x[order] if x.shape[:1] == (8,) else x for n, x in a.items()}
+    b |= {"1.running_var": 1e6 * torch.rand(8), "1.running_mean": 1e6 * torch.rand(8)}
+    a |= {"1.running_var": 1e6 * torch.rand(8)}
+    for kind in ("frobenius", "pearson"):
+        found = match(spec, WeightCosts(spec, a, b, kind)).orders
+        assert torch.equal(spec.apply(found, "0.weight", b["0.weight"]), a["0.weight"])

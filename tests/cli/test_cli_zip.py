@@ -161,3 +161,15 @@ def test_settings_out_of_range_are_refused(shop: Path, run: Run, setting: tuple[
     assert code == 2
     assert setting[0].strip("-") in error
     assert not (shop / "out").exists()
+
+
+def test_weights_count_and_layers_are_repaired_if_told(shop: Path, run: Run) -> None:
+    assert run(*words(shop, "a", "b"), "--balance", "0.5", "--repair", "--seed", "3", "--quiet") == (0, "", "")
+    one, merged = (load_file(shop / name / "model.safetensors") for name in ("a", "out"))
+    receipt = json.loads((shop / "out" / "merganser.json").read_text())
+    assert (receipt["balance"], receipt["repair"], receipt["seed"]) == (0.5, True, 3)
+    units = torch.cdist(merged["0.weight"], one["0.weight"]).argmin(0)
+    assert torch.allclose(merged["0.weight"][units], one["0.weight"], atol=1e-2)  # batches differ from their mean
+    code, _, error = run(*words(shop, "a", "b"), "--balance", "2", "--overwrite")
+    assert code == 2
+    assert "balance is 2.0" in error

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from merganser.align.costs import Moments, attached, grown, similar, unfold
+from merganser.align.costs import Moments, attached, grown, unfold
 from merganser.errors import ParameterError, ShapeError
 from merganser.symmetry import Orders, Spec, Symmetries
 from merganser.symmetry.finding import Tap
@@ -121,7 +121,7 @@ def activation_costs(
             moments[number] = grown(moments.get(number), *(_units(found.spec, tap, tensors) for tensors in (a, b)))
     if not count:
         raise ParameterError("there is no batch to compare the networks by")
-    shown = {number: similar(m, "pearson") for number, m in moments.items()}
+    shown = {number: m.pearson() for number, m in moments.items()}
     return ActivationCosts(
         found.spec,
         {group: [Shown(_part(tap), shown[tap.number]) for tap in seen] for group, seen in chosen.items()},
@@ -162,7 +162,7 @@ def unit_correlations(found: Symmetries, networks: Sequence[nn.Module], batches:
             moments[group] = grown(moments.get(group), x, x)
     if not count:
         raise ParameterError("there is no batch to compare the networks by")
-    return {group: similar(m, "pearson") for group, m in moments.items()}
+    return {group: m.pearson() for group, m in moments.items()}
 
 
 def _chosen(found: Symmetries, taps: Literal["last", "all"]) -> dict[str, list[Tap]]:

@@ -9,7 +9,7 @@ For units i of one network and j of another, over everything that touches them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from merganser.errors import ParameterError
+from merganser.numerics import product
 from merganser.symmetry import Orders, Spec
 from merganser.symmetry.spec import groups_in
 
@@ -51,10 +52,6 @@ class Moments:
     squares: tuple[Tensor, Tensor]
     count: int = 0
 
-    def frobenius(self) -> Tensor:
-        """Inner products."""
-        return self.cross
-
     def pearson(self) -> Tensor:
         """Correlations, in [-1, 1]."""
         n = max(self.count, 1)
@@ -69,11 +66,6 @@ class Moments:
             return covariance / (s[:, None] * t[None])
         covariance = self.cross / n - a[:, None, :, None] * b[None, :, None, :] / n**2
         return covariance / (s[:, None, :, None] * t[None, :, None, :])
-
-
-def similar(moments: Moments, kind: Similarity) -> Tensor:
-    """Similarity of all pairs of units."""
-    return moments.frobenius() if kind == "frobenius" else moments.pearson()
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,20 @@ class WeightCosts:
         Inner groups keep the order that they have in each unit of the group. Where the group has inner groups, entries
         that those move are left out.
         """
-        moments = None
+        return self._similarity(self._pairs(group, orders), (self.spec.groups[group].size,) * 2)
+
+    def inner_units(self, group: str, orders: Orders) -> Tensor:
+        """Similarity of an inner group's units, for every pair of places of its outer group.
+
+        Returns:
+            Shape (outer, outer, n, n): [i, k] compares place i of a with what is place k of b before its outer group
+            moves. The outer group's other inner groups keep the order that they have in each of its units.
+        """
+        outer, size = self.spec.places(group)
+        return self._similarity(self._inner_pairs(group, orders), (outer, outer, size, size))
+
+    def _pairs(self, group: str, orders: Orders) -> Iterator[tuple[Tensor, Tensor]]:
+        """What touches the units of a group in both networks, a tensor at a time."""
         held = attached(self.spec, group, orders)
         inner = set(self.spec.inner(group))
         for name in self._tensors(group):
@@ -111,39 +116,32 @@ class WeightCosts:
                 for other in inner & here:
                     places = torch.where(self.spec.places_in(part, other) >= 0, -1, places)
                 if bool((places >= 0).any()):
-                    x, y = (unfold(t, axis, places) for t in (self.a[name], self.spec.apply(held, name, self.b[name])))
-                    moments = grown(moments, x, y)
-        size = self.spec.groups[group].size
-        return torch.zeros(size, size, dtype=torch.float64) if moments is None else similar(moments, self.kind)
+                    moved = self.spec.apply(held, name, self.b[name])
+                    yield unfold(self.a[name], axis, places), unfold(moved, axis, places)
 
-    def inner_units(self, group: str, orders: Orders) -> Tensor:
-        """Similarity of an inner group's units, for every pair of places of its outer group.
-
-        Returns:
-            Shape (outer, outer, n, n): [i, k] compares place i of a with what is place k of b before its outer group
-            moves. The outer group's other inner groups keep the order that they have in each of its units.
-        """
+    def _inner_pairs(self, group: str, orders: Orders) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same of an inner group, by places of its outer one."""
         within = self.spec.groups[group].within
         assert within is not None
         held = {**attached(self.spec, within, orders), group: self.spec.identity()[group]}
-        moments = None
         for name in self._tensors(group):
             axes = self.spec.axes[name]
             moved = self.spec.apply(held, name, self.b[name])
             for axis, part in enumerate(axes):
                 if group in groups_in(part):
                     other = next(i for i in (axis, *range(len(axes))) if within in groups_in(axes[i]))
-                    x, y = (
-                        unfold_two(
-                            t,
-                            (other, self.spec.places_in(axes[other], within)),
-                            (axis, self.spec.places_in(part, group)),
-                        )
-                        for t in (self.a[name], moved)
-                    )
-                    moments = grown(moments, x, y)
-        assert moments is not None
-        return similar(moments, self.kind)
+                    outer = (other, self.spec.places_in(axes[other], within))
+                    units = (axis, self.spec.places_in(part, group))
+                    yield unfold_two(self.a[name], outer, units), unfold_two(moved, outer, units)
+
+    def _similarity(self, pairs: Iterator[tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Tensor:
+        """Of units, from everything that touches them; zeros where nothing does."""
+        if self.kind == "frobenius":
+            return sum((products(x, y) for x, y in pairs), torch.zeros(shape, dtype=torch.float64))
+        moments = None
+        for x, y in pairs:
+            moments = grown(moments, x, y)
+        return torch.zeros(shape, dtype=torch.float64) if moments is None else moments.pearson()
 
     def objective(self, orders: Orders) -> float:
         """Sum of <a, b in that order> over all tensors that may move."""
@@ -156,8 +154,15 @@ class WeightCosts:
         return self._own(list(dict.fromkeys(name for name, _ in self.spec.members(group))))
 
     def _own(self, names: list[str]) -> list[str]:
-        """Floating tensors, tied ones once."""
-        return [n for n in names if n not in self.spec.tied and n in self.a and self.a[n].is_floating_point()]
+        """Floating tensors, tied ones once; running statistics are no weights, and large ones would drown the rest."""
+        return [
+            n
+            for n in names
+            if n not in self.spec.tied
+            and n in self.a
+            and self.a[n].is_floating_point()
+            and not n.endswith(("running_mean", "running_var"))
+        ]
 
 
 def attached(spec: Spec, group: str, orders: Orders) -> dict[str, Tensor]:
@@ -218,10 +223,14 @@ def unfold_two(x: Tensor, outer: tuple[int, Tensor], inner: tuple[int, Tensor]) 
     return x.movedim(2, 1).reshape(count, size, -1).double()
 
 
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of units: (units, entries) to (n, n), (places, units, entries) to (places, places, n, n)."""
+    return product(x, y.T) if x.ndim == 2 else torch.einsum("ial,kbl->ikab", x, y)
+
+
 def grown(moments: Moments | None, x: Tensor, y: Tensor) -> Moments:
     """Moments with more entries; x and y are (units, entries) or (places, units, entries)."""
-    cross = x @ y.T if x.ndim == 2 else torch.einsum("ial,kbl->ikab", x, y)
-    new = Moments(cross, (x.sum(-1), y.sum(-1)), (x.square().sum(-1), y.square().sum(-1)), x.shape[-1])
+    new = Moments(products(x, y), (x.sum(-1), y.sum(-1)), (x.square().sum(-1), y.square().sum(-1)), x.shape[-1])
     if moments is None:
         return new
     return Moments(

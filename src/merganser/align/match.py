@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merganser.align.costs import Costs
 from merganser.symmetry import Orders, Spec
+from merganser.symmetry.spec import groups_in
 
 #: Gain below which a change is rounding, as a share of the value.
 LEAST_GAIN = 1e-12
@@ -53,16 +54,39 @@ def match(
     """
     orders = dict(spec.identity() if start is None else start)
     top = [name for name, group in spec.groups.items() if group.within is None]
+    touched = _neighbours(spec)
+    waiting = set(top)  # groups whose similarities may have changed since they were last looked at
     generator = torch.Generator().manual_seed(seed)
     for sweep in range(1, sweeps + 1):
-        changed = False
         for done, place in enumerate(torch.randperm(len(top), generator=generator).tolist(), 1):
-            changed |= _improve(spec, costs, orders, top[place])
+            group = top[place]
+            if group in waiting:
+                waiting.discard(group)
+                if _improve(spec, costs, orders, group):
+                    waiting |= touched[group]
             if progress is not None:
                 progress(done, len(top))
-        if not changed:
+        if not waiting:
             return Matched(orders, sweep, settled=True)
     return Matched(orders, sweeps, settled=False)
+
+
+def _neighbours(spec: Spec) -> dict[str, set[str]]:
+    """For every group that lies within none: those whose similarities its order has a part in.
+
+    They share a tensor with it. A group is its own neighbour where it lies along two axes of one, and where its inner
+    groups are matched after it.
+    """
+    found: dict[str, set[str]] = {
+        n: {n} if spec.inner(n) else set() for n, g in spec.groups.items() if g.within is None
+    }
+    for parts in spec.axes.values():
+        along = [{spec.groups[g].within or g for g in groups_in(part)} for part in parts]
+        for axis, groups in enumerate(along):
+            others = set[str]().union(*along[:axis], *along[axis + 1 :])
+            for group in groups:
+                found[group] |= others | (groups - {group})
+    return found
 
 
 def assign(similarity: Tensor) -> Tensor:

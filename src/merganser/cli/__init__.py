@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from merganser.cli.align import align
 from merganser.cli.checkpoint import convert, inspect
 from merganser.cli.fold import app as fold_app
+from merganser.cli.meet import meet
 from merganser.cli.methods import methods
 from merganser.cli.study import study
 from merganser.cli.symmetry import app as symmetry_app
@@ -43,6 +44,7 @@ app.add_typer(fold_app, name="fold")
 app.add_typer(symmetry_app, name="symmetry")
 app.add_typer(zoo_app, name="zoo")
 app.command()(align)
+app.command()(meet)
 app.command("zip")(zip_)
 app.command()(study)
 app.command()(methods)

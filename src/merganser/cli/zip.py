@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from merganser.cli.network import write_network
 from merganser.cli.show import console, counted
 
 
@@ -54,13 +55,9 @@ def zip_(
     from merganser.align.zipping import zip_networks
     from merganser.checkpoints import open_source
     from merganser.checkpoints.overlap import refuse_overlap
-    from merganser.checkpoints.writer import CheckpointWriter
     from merganser.cli.subject import batches_of, loaded, subject
     from merganser.cli.symmetry import found_in
     from merganser.errors import OutputError
-    from merganser.numerics import DTYPE_NAMES
-    from merganser.types import TensorInfo
-    from merganser.version import __version__
 
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
@@ -73,14 +70,8 @@ def zip_(
     merged = zip_networks(
         found, networks, inputs, repeat=repeat, within=within, balance=balance, repairs=repairs, seed=seed
     )
-    tensors = {name: x.detach().contiguous() for name, x in merged.state_dict().items()}
-    infos = {name: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for name, x in tensors.items()}
-    with CheckpointWriter(out, infos, overwrite=overwrite) as writer:
-        for name, x in tensors.items():
-            writer.put(name, x)
-        settings = {"repeat": repeat, "within": within, "balance": balance, "repair": repairs, "seed": seed}
-        receipt = {"merganser": __version__, "zipped": checkpoints, **settings}
-        writer.commit({**receipt, "outputs": writer.digests()}, sources[0].companions())
+    settings = {"repeat": repeat, "within": within, "balance": balance, "repair": repairs, "seed": seed}
+    write_network(merged, out, sources[0], {"zipped": checkpoints, **settings}, overwrite=overwrite)
     if not quiet:
         groups = sum(not g.fixed for g in found.spec.groups.values())
         said = (counted(len(checkpoints), "network"), counted(groups, "group"), counted(len(inputs), "batch"))

@@ -1,0 +1,30 @@
+"""Write a network that a command made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from merganser.types import Source
+
+
+def write_network(network: nn.Module, out: Path, like: Source, receipt: dict[str, Any], *, overwrite: bool) -> None:
+    """Write a network as a checkpoint folder, with the files that stand beside another one.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    from merganser.checkpoints.writer import CheckpointWriter
+    from merganser.numerics import DTYPE_NAMES
+    from merganser.types import TensorInfo
+    from merganser.version import __version__
+
+    tensors = {name: x.detach().contiguous() for name, x in network.state_dict().items()}
+    infos = {name: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for name, x in tensors.items()}
+    with CheckpointWriter(out, infos, overwrite=overwrite) as writer:
+        for name, x in tensors.items():
+            writer.put(name, x)
+        writer.commit({"merganser": __version__, **receipt, "outputs": writer.digests()}, like.companions())

@@ -136,3 +136,14 @@ def test_a_folder_that_is_there_is_kept(shop: Path, run: Run) -> None:
     assert code == 2
     assert "exists" in err
     assert not list((shop / "out").iterdir())
+
+
+def test_a_count_of_batches_may_be_missing(shop: Path, run: Run) -> None:
+    for seed in range(2):
+        tensors = load_file(shop / f"normed-{seed}.safetensors")
+        save_file({n: x for n, x in tensors.items() if "num_batches" not in n}, shop / f"older-{seed}.safetensors")
+    assert run(*words(shop, "normed-0", "normed-1", model="normed"))[0] == 0
+    expected = load_file(shop / "out" / "model.safetensors")
+    assert run(*words(shop, "older-0", "older-1", model="normed", more=("--overwrite",)))[0] == 0
+    found = load_file(shop / "out" / "model.safetensors")
+    assert all(torch.equal(x, found[n]) for n, x in expected.items())

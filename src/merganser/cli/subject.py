@@ -66,6 +66,8 @@ def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = Non
 def loaded(network: nn.Module, source: Source) -> nn.Module:
     """A copy of a network with the weights of a checkpoint, in evaluation mode.
 
+    BatchNorm's count of batches may be missing: nothing depends on it, and older files have none.
+
     Raises:
         MissingTensorError: If the checkpoint lacks a tensor of the network.
         ShapeError: If one has another shape.
@@ -74,6 +76,9 @@ def loaded(network: nn.Module, source: Source) -> nn.Module:
     stored = {**{name: name for name in source.infos}, **source.aliases}
     tensors = {}
     for name, x in other.state_dict().items():
+        if name not in stored and name.endswith("num_batches_tracked"):
+            tensors[name] = x
+            continue
         if name not in stored:
             raise MissingTensorError(f"{source.ref} lacks {name} of the network")
         tensors[name] = source.read(stored[name])

@@ -30,6 +30,9 @@ def mlp():
 def batches():
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(64, 6, generator=generator) for _ in range(4)]
+
+def labelled():
+    return [(x, torch.arange(len(x)) % 3) for x in batches()]
 """
 
 

@@ -99,8 +99,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.device.type != "cpu":
         return a @ b
-    left: Any = a.numpy()
-    return torch.from_numpy(left @ b.numpy())
+    left: Any = a.detach().numpy()
+    return torch.from_numpy(left @ b.detach().numpy())
 
 
 def gram_of_rows(x: Tensor) -> Tensor:

@@ -50,13 +50,7 @@ def accuracy_curve_png(
         ParameterError: If there is no curve, a curve is empty, or there are more than seven.
         MerganserError: If matplotlib is not installed.
     """
-    if not curves or not all(len(values) for values in curves.values()):
-        raise ParameterError("a chart needs at least one curve, and every curve at least one value")
-    if len(curves) > len(PALETTE):
-        raise ParameterError(
-            f"{len(curves)} curves; {len(PALETTE)} can be told apart in one chart",
-            hint="split them over several charts",
-        )
+    _check_curves(curves)
     references = references or {}
     longest = max(len(values) for values in curves.values())
     names = [*curves, *references]
@@ -76,13 +70,35 @@ def accuracy_curve_png(
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     _quiet(axes)
-    bottom, top = axes.get_ylim()
-    gap = 0.065 * (top - bottom)
-    heights = _apart([value for value, _, _ in labels], gap=gap)
-    axes.set_ylim(min(bottom, min(heights) - gap / 2), max(top, max(heights) + gap / 2))  # no label outside
-    for (value, name, color), height in zip(labels, heights, strict=True):
-        text = f"{name} {value:.1f}"
-        axes.annotate(text, (1.03, height), xycoords=("axes fraction", "data"), color=color, va="center", fontsize=10)
+    _name_ends(axes, labels)
+    return _png(figure)
+
+
+def line_png(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, y_label: str) -> bytes:
+    """Draw values along [0, 1], a line each, with a legend.
+
+    Args:
+        curves: places and values by name; at most seven.
+        x_label: what the horizontal axis is.
+        y_label: what the vertical axis measures, with its unit.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ParameterError: If there is no curve, a curve is empty, or there are more than seven.
+        MerganserError: If matplotlib is not installed.
+    """
+    _check_curves({name: values for name, (_, values) in curves.items()})
+    figure = _figure(6.2, 4.0)
+    axes = figure.add_axes((0.11, 0.13, 0.86, 0.83))
+    for (name, (places, values)), color, marker in zip(curves.items(), PALETTE, MARKERS, strict=False):
+        axes.plot(places, values, color=color, marker=marker, markersize=5, linewidth=1.8, label=name, clip_on=False)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    _quiet(axes)
+    axes.legend(frameon=False, labelcolor="linecolor")
     return _png(figure)
 
 
@@ -264,6 +280,27 @@ def _figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise MerganserError("drawing needs matplotlib", hint='pip install "merganser[plots]"') from error
     return Figure(figsize=(width, height), facecolor="white")
+
+
+def _check_curves(curves: Mapping[str, Sequence[float]]) -> None:
+    if not curves or not all(len(values) for values in curves.values()):
+        raise ParameterError("a chart needs at least one curve, and every curve at least one value")
+    if len(curves) > len(PALETTE):
+        raise ParameterError(
+            f"{len(curves)} curves; {len(PALETTE)} can be told apart in one chart",
+            hint="split them over several charts",
+        )
+
+
+def _name_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Write values and names beside the right ends of lines, no two on top of each other."""
+    bottom, top = axes.get_ylim()
+    gap = 0.065 * (top - bottom)
+    heights = _apart([value for value, _, _ in labels], gap=gap)
+    axes.set_ylim(min(bottom, min(heights) - gap / 2), max(top, max(heights) + gap / 2))  # no label outside
+    for (value, name, color), height in zip(labels, heights, strict=True):
+        text = f"{name} {value:.1f}"
+        axes.annotate(text, (1.03, height), xycoords=("axes fraction", "data"), color=color, va="center", fontsize=10)
 
 
 def _quiet(axes: Axes) -> None:

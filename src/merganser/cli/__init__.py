@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from merganser.cli.align import align
+from merganser.cli.barrier import barrier
 from merganser.cli.checkpoint import convert, inspect
 from merganser.cli.fold import app as fold_app
 from merganser.cli.meet import meet
@@ -46,6 +47,7 @@ app.add_typer(zoo_app, name="zoo")
 app.command()(align)
 app.command()(meet)
 app.command("zip")(zip_)
+app.command()(barrier)
 app.command()(study)
 app.command()(methods)
 app.command()(inspect)

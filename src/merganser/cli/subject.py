@@ -96,29 +96,42 @@ def batches_of(name: str) -> list[Batch]:
         RefError: If there is no such file or name.
         ParameterError: If what it gives is no batch of tensors, or there is none.
     """
-    import torch
-
-    path, colon, what = name.rpartition(":")
-    given = _named(path, what) if colon else None
-    if given is None:
-        raise RefError(f"{name} names no code", "path/file.py:name or package.module:name")
-    found: list[Batch] = []
-    for batch in _called(name, given):
-        if isinstance(batch, torch.Tensor):
-            found.append(((batch,), {}))
-        elif isinstance(batch, Mapping):
-            found.append(((), batch))
-        elif isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping):
-            found.append((tuple(batch[0]), batch[1]))
-        elif isinstance(batch, tuple | list):
-            found.append((tuple(batch), {}))
-        else:
-            raise ParameterError(
-                f"{name} gives a {type(batch).__name__}; a batch is a tensor, or tensors by place or name"
-            )
+    found = [as_batch(name, batch) for batch in given_by(name)]
     if not found:
         raise ParameterError(f"{name} gives no batch")
     return found
+
+
+def given_by(name: str) -> Any:
+    """What the code that `path/file.py:name` names gives.
+
+    Raises:
+        RefError: If there is no such file or name.
+        ParameterError: If it cannot be called.
+    """
+    path, colon, what = name.rpartition(":")
+    if not colon:
+        raise RefError(f"{name} names no code", "path/file.py:name or package.module:name")
+    return _called(name, _named(path, what))
+
+
+def as_batch(name: str, batch: Any) -> Batch:
+    """Positional and named inputs from a tensor, several, or a mapping.
+
+    Raises:
+        ParameterError: If it is none of these.
+    """
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), batch
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Mapping):
+        return tuple(batch[0]), batch[1]
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    raise ParameterError(f"{name} gives a {type(batch).__name__}; a batch is a tensor, or tensors by place or name")
 
 
 def _called(name: str, given: Any) -> Any:

@@ -97,7 +97,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Shape (m, n).
     """
-    if a.device.type != "cpu":
+    if a.device.type != "cpu" or a.dtype not in (torch.float32, torch.float64):
         return a @ b
     left: Any = a.detach().numpy()
     return torch.from_numpy(left @ b.detach().numpy())
@@ -116,8 +116,8 @@ def gram_of_rows(x: Tensor) -> Tensor:
     tensor([[5., 2.],
             [2., 1.]])
     """
-    if x.device.type == "cpu":
-        rows: Any = (x if x.T.is_contiguous() else x.contiguous()).numpy()
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        rows: Any = (x if x.T.is_contiguous() else x.contiguous()).detach().numpy()
         return torch.from_numpy(rows @ rows.T)
     g = x @ x.T
     return g.tril() + g.tril(-1).T

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from merganser.align.costs import Moments, Similarity, WeightCosts
 from merganser.align.match import assign, match
 from merganser.symmetry import Group, Spec, symmetries
+from merganser.symmetry.spec import Part
 
 #: One hidden layer.
 MLP = Spec({"h": Group(4)}, {"up": ("h", 3), "bias": ("h",), "down": (2, "h")}, {}, {})
@@ -178,6 +179,9 @@ class Counting:
 
     def inner_units(self, group: str, orders: Mapping[str, Tensor]) -> Tensor:
         return self.costs.inner_units(group, orders)
+
+    def meetings(self) -> Iterable[Sequence[Part]]:
+        return self.costs.meetings()
 
 
 def layers(count: int) -> tuple[Spec, dict[str, Tensor], dict[str, Tensor]]:

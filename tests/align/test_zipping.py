@@ -52,7 +52,7 @@ def residuals(count: int = 2) -> tuple[list[Residual], list[tuple[tuple[Tensor],
         torch.manual_seed(seed)
         networks.append(Residual().double().eval())
     generator = torch.Generator().manual_seed(0)
-    return networks, [((torch.randn(6, 3, 5, 5, dtype=torch.float64, generator=generator),), {}) for _ in range(3)]
+    return networks, [((torch.randn(12, 3, 5, 5, dtype=torch.float64, generator=generator),), {}) for _ in range(3)]
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -82,6 +82,10 @@ class ActivationCosts:
             found += pairs.transpose(1, 2) / len(self.shown[group])
         return found
 
+    def meetings(self) -> Iterable[Sequence[Part]]:
+        """What the units of all activations are made of."""
+        return [(seen.part,) for shown in self.shown.values() for seen in shown]
+
     def _folded(self, seen: Shown, places: Tensor, orders: Orders) -> Tensor:
         """Mean over what else the units of a place are made of, which is paired in the order that it is in."""
         similarity = seen.similarity[:, self.spec.positions(seen.part, orders)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf, isnan
 from typing import Any
 
 import torch
@@ -57,8 +58,10 @@ def choose_balance(
         output: the tensor to compare, from what a network returns; by default that itself, or its logits.
 
     Raises:
-        ParameterError: If there is no balance or no batch, or a network returns no tensor.
+        ParameterError: If there is no parent, no balance or no batch, or a network returns no tensor.
     """
+    if not networks:
+        raise ParameterError("there is no parent to judge by")
     if not balances or not batches:
         raise ParameterError("there is no balance to try" if not balances else "there is no batch to judge by")
     means = [_mean(networks, batch, output) for batch in batches]
@@ -70,6 +73,7 @@ def choose_balance(
         far = sum(
             float((_mean([network], batch, output) - m).square().sum()) for m, batch in zip(means, batches, strict=True)
         )
+        far = inf if isnan(far) else far
         distances[balance] = far / scale if scale > 0 else far
         if found is None or distances[balance] < distances[found.balance]:
             found = Chosen(balance, network, distances)

@@ -9,7 +9,7 @@ For units i of one network and j of another, over everything that touches them:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from merganser.errors import ParameterError
 from merganser.numerics import product
 from merganser.symmetry import Orders, Spec
-from merganser.symmetry.spec import groups_in
+from merganser.symmetry.spec import Part, groups_in
 
 Similarity = Literal["frobenius", "pearson"]
 
@@ -33,6 +33,10 @@ class Costs(Protocol):
 
     def inner_units(self, group: str, orders: Orders) -> Tensor:
         """Similarity of an inner group's units for every pair of outer places, shape (outer, outer, n, n)."""
+        ...
+
+    def meetings(self) -> Iterable[Sequence[Part]]:
+        """Axes of what is compared: similarities of one group depend on the orders of those that it meets there."""
         ...
 
 
@@ -116,8 +120,18 @@ class WeightCosts:
                 for other in inner & here:
                     places = torch.where(self.spec.places_in(part, other) >= 0, -1, places)
                 if bool((places >= 0).any()):
-                    moved = self.spec.apply(held, name, self.b[name])
+                    moved = self._along_its_other_axes(
+                        group, orders, name, axis, self.spec.apply(held, name, self.b[name])
+                    )
                     yield unfold(self.a[name], axis, places), unfold(moved, axis, places)
+
+    def _along_its_other_axes(self, group: str, orders: Orders, name: str, axis: int, x: Tensor) -> Tensor:
+        """With the group in its order along every axis but one, for tensors that it lies along twice."""
+        for other, part in enumerate(self.spec.axes[name]):
+            if other != axis and group in groups_in(part) and not self.spec.inner(group):
+                alone = {**self.spec.identity(), group: orders[group]}
+                x = x.index_select(other, self.spec.positions(part, alone).to(x.device))
+        return x
 
     def _inner_pairs(self, group: str, orders: Orders) -> Iterator[tuple[Tensor, Tensor]]:
         """The same of an inner group, by places of its outer one."""
@@ -143,6 +157,10 @@ class WeightCosts:
             moments = grown(moments, x, y)
         return torch.zeros(shape, dtype=torch.float64) if moments is None else moments.pearson()
 
+    def meetings(self) -> Iterable[Sequence[Part]]:
+        """Axes of all tensors."""
+        return self.spec.axes.values()
+
     def objective(self, orders: Orders) -> float:
         """Sum of <a, b in that order> over all tensors that may move."""
         names = [n for n in self.spec.axes if self.spec.moves(n)]
@@ -158,11 +176,13 @@ class WeightCosts:
         return [
             n
             for n in names
-            if n not in self.spec.tied
-            and n in self.a
-            and self.a[n].is_floating_point()
-            and not n.endswith(("running_mean", "running_var"))
+            if n not in self.spec.tied and n in self.a and self.a[n].is_floating_point() and not is_statistic(n)
         ]
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor is BatchNorm's running mean or variance."""
+    return name.endswith(("running_mean", "running_var"))
 
 
 def attached(spec: Spec, group: str, orders: Orders) -> dict[str, Tensor]:
@@ -197,6 +217,10 @@ class DualCosts:
     def inner_units(self, group: str, orders: Orders) -> Tensor:
         """Similarity of an inner group's units for every pair of outer places, shape (outer, outer, n, n)."""
         return self._both(self.weights.inner_units(group, orders), self.activations.inner_units(group, orders))
+
+    def meetings(self) -> Iterable[Sequence[Part]]:
+        """Axes of all tensors and activations."""
+        return (*self.weights.meetings(), *self.activations.meetings())
 
     def _both(self, weights: Tensor, activations: Tensor) -> Tensor:
         return self.balance * weights + (1 - self.balance) * activations

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merganser.align.costs import Costs
+from merganser.align.costs import Costs, WeightCosts
 from merganser.symmetry import Orders, Spec
 from merganser.symmetry.spec import groups_in
 
@@ -54,7 +54,7 @@ def match(
     """
     orders = dict(spec.identity() if start is None else start)
     top = [name for name, group in spec.groups.items() if group.within is None]
-    touched = _neighbours(spec)
+    touched = _neighbours(spec, costs)
     waiting = set(top)  # groups whose similarities may have changed since they were last looked at
     generator = torch.Generator().manual_seed(seed)
     for sweep in range(1, sweeps + 1):
@@ -71,16 +71,16 @@ def match(
     return Matched(orders, sweeps, settled=False)
 
 
-def _neighbours(spec: Spec) -> dict[str, set[str]]:
+def _neighbours(spec: Spec, costs: Costs) -> dict[str, set[str]]:
     """For every group that lies within none: those whose similarities its order has a part in.
 
-    They share a tensor with it. A group is its own neighbour where it lies along two axes of one, and where its inner
-    groups are matched after it.
+    A group is its own neighbour where it lies along two axes of one tensor, and where its inner groups are matched
+    after it.
     """
     found: dict[str, set[str]] = {
         n: {n} if spec.inner(n) else set() for n, g in spec.groups.items() if g.within is None
     }
-    for parts in spec.axes.values():
+    for parts in costs.meetings():
         along = [{spec.groups[g].within or g for g in groups_in(part)} for part in parts]
         for axis, groups in enumerate(along):
             others = set[str]().union(*along[:axis], *along[axis + 1 :])
@@ -102,6 +102,9 @@ def _improve(spec: Spec, costs: Costs, orders: dict[str, Tensor], group: str) ->
     inner = spec.inner(group)
     if not inner:
         similarity = costs.units(group, orders)
+        if isinstance(costs, WeightCosts) and costs.kind == "frobenius" and _twice(spec, group):
+            # to it the similarity is a linear view of something quadratic
+            return _accept(orders, {group: assign(similarity)}, costs.objective, [group])
         return _accept(orders, {group: assign(similarity)}, lambda new: _value(similarity, new[group]), [group])
     changed = not spec.groups[group].fixed and _improve_outer(spec, costs, orders, group, inner)
     for name in inner:
@@ -115,6 +118,10 @@ def _improve(spec: Spec, costs: Costs, orders: dict[str, Tensor], group: str) ->
             [name],
         )
     return changed
+
+
+def _twice(spec: Spec, group: str) -> bool:
+    return any(sum(group in groups_in(part) for part in parts) > 1 for parts in spec.axes.values())
 
 
 def _improve_outer(spec: Spec, costs: Costs, orders: dict[str, Tensor], group: str, inner: list[str]) -> bool:
@@ -152,7 +159,7 @@ def _accept(
     if all(torch.equal(new[n], orders[n]) for n in names):
         return False
     now = value(orders)
-    if value(new) - now <= LEAST_GAIN * max(1.0, abs(now)):
+    if value({**orders, **new}) - now <= LEAST_GAIN * max(1.0, abs(now)):
         return False
     orders.update(new)
     return True

@@ -12,6 +12,7 @@ Source: Jordan et al. 2022, arXiv:2211.08403, sections 3 and 4.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
         return 0
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
+    before = {layer: {n: x.clone() for n, x in layer.named_buffers()} for layer in layers}
     network.eval()
     for layer in layers:
         layer.reset_running_stats()
@@ -52,13 +54,17 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
             for args, kwargs in batches:
                 network(*args, **kwargs)
                 seen += 1
+        if not seen:
+            raise ParameterError("there is no batch to measure BatchNorm's statistics by")
+    except BaseException:
+        for layer, buffers in before.items():
+            layer.load_state_dict(buffers, strict=False)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
         for layer, momentum in momenta.items():
             layer.momentum = momentum
-    if not seen:
-        raise ParameterError("there is no batch to measure BatchNorm's statistics by")
     return len(layers)
 
 
@@ -66,17 +72,22 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Values of a unit that a batch must have to be brought to a mean and a deviation.
+LEAST_ROWS = 8
 
 
 def layer_statistics(network: nn.Module, batches: Iterable[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation of what every linear layer and convolution gives, unit by unit, in float64.
+
+    Left out are layers that share a weight or a bias with another, whose weight is computed from others (weight norm),
+    and that run more than once or not at all: none of these can be repaired by scaling a weight.
 
     Args:
         network: in evaluation mode; left as it is.
         batches: inputs.
 
     Returns:
-        By the layer's name; layers that did not run are left out.
+        By the layer's name.
 
     Raises:
         ParameterError: If there is no batch.
@@ -93,80 +104,100 @@ def repair(network: nn.Module, parents: Sequence[Statistics], batches: Iterable[
         network: merged; changed in place.
         parents: `layer_statistics` of each, in the order of units of the merged network. Layers that a parent lacks
             are left alone; the last layer may be among these.
-        batches: inputs, the same as the parents'.
+        batches: inputs, the same as the parents', each with some values of every unit; the more, the better.
 
     Returns:
         How many layers were repaired.
 
     Raises:
-        ParameterError: If there is no parent or no batch.
+        ParameterError: If there is no parent or no batch, or a batch is too small.
         ShapeError: If statistics have another number of units than the layer.
     """
     if not parents:
         raise ParameterError("there is no parent to repair by")
+    layers = _repairable(network)
     targets: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in set(parents[0]).intersection(*parents[1:]):
+    for name in set(layers).intersection(*parents):
         means, deviations = (torch.stack([p[name][i] for p in parents]).mean(0) for i in range(2))
-        layer = network.get_submodule(name)
-        if means.shape != (len(layer.weight),):  # type: ignore[arg-type]
-            raise ShapeError(f"{name} has {len(layer.weight)} units, and the statistics {tuple(means.shape)}")  # type: ignore[arg-type]
+        units = len(layers[name].get_parameter("weight"))
+        if means.shape != (units,):
+            raise ShapeError(f"{name} has {units} units, and the statistics {tuple(means.shape)}")
         targets[name] = means, deviations
     seen = _measured(network, batches, targets)
     with torch.no_grad():
         for name in targets.keys() & seen.keys():
-            layer = network.get_submodule(name)
+            weight, bias = layers[name].get_parameter("weight"), layers[name].bias
             (mean, deviation), (target, wanted) = seen[name], targets[name]
-            factor = _factor(deviation, wanted)
-            weight, bias = layer.weight, layer.bias
-            assert isinstance(weight, Tensor)
+            factor = _factor(mean, deviation, wanted)
             weight.mul_(factor.reshape(-1, *[1] * (weight.ndim - 1)).to(weight))
             if isinstance(bias, Tensor):
                 bias.copy_(((bias.double() - mean) * factor + target).to(bias))
     return len(targets.keys() & seen.keys())
 
 
+def _repairable(network: nn.Module) -> dict[str, nn.Module]:
+    """Layers that own their weight and bias."""
+    owners = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
+    return {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, _LAYERS)
+        and "weight" in layer._parameters
+        and all(owners[id(p)] == 1 for p in layer.parameters(recurse=False))
+    }
+
+
 def _measured(network: nn.Module, batches: Iterable[Batch], targets: Statistics) -> dict[str, tuple[Tensor, Tensor]]:
     """Moments of layers before they are brought to their targets, where they have some."""
-    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    sums: dict[str, list[Any]] = {}  # sums, sums of squares, values, runs
 
     def watched(name: str, layer: nn.Module) -> Any:
         def hook(_module: nn.Module, _args: Any, y: Tensor) -> Tensor | None:
-            axis = -1 if isinstance(layer, nn.Linear) else y.ndim - len(layer.weight.shape) + 1  # type: ignore[arg-type]
-            rows = y.double().movedim(axis, 0).flatten(1)
-            total, squares, count = sums.get(name, (0.0, 0.0, 0))
-            sums[name] = total + rows.sum(1), squares + rows.square().sum(1), count + rows.shape[1]
+            axis = -1 if isinstance(layer, nn.Linear) else y.ndim - layer.get_parameter("weight").ndim + 1
+            rows = y.double().movedim(axis, 0).reshape(y.shape[axis], -1)
+            new = [rows.sum(1), rows.square().sum(1), rows.shape[1], 1]
+            sums[name] = [x + z for x, z in zip(sums[name], new, strict=True)] if name in sums else new
             if name not in targets:
                 return None
+            if rows.shape[1] < LEAST_ROWS:
+                raise ParameterError(
+                    f"a batch gives {rows.shape[1]} values of a unit of {name}; to repair by, it takes {LEAST_ROWS}",
+                    "give larger batches",
+                )
             target, wanted = targets[name]
-            factor = _factor(rows.std(1, correction=0), wanted)
-            shift = target - rows.mean(1) * factor if layer.bias is not None else torch.zeros_like(target)
+            mean = rows.mean(1)
+            factor = _factor(mean, rows.std(1, correction=0), wanted)
+            shift = target - mean * factor if layer.bias is not None else torch.zeros_like(target)
             shape = [1] * y.ndim
             shape[axis] = -1
             return y * factor.reshape(shape).to(y) + shift.reshape(shape).to(y)
 
         return hook
 
-    hooks = [m.register_forward_hook(watched(n, m)) for n, m in network.named_modules() if isinstance(m, _LAYERS)]
+    hooks = [m.register_forward_hook(watched(n, m)) for n, m in _repairable(network).items()]
     modes = {module: module.training for module in network.modules()}
     network.eval()
+    count = 0
     try:
         with torch.no_grad():
             for args, kwargs in batches:
                 network(*args, **kwargs)
+                count += 1
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes.items():
             module.training = mode
-    if not sums:
+    if not count:
         raise ParameterError("there is no batch to measure layers by")
     return {
         name: (total / n, (squares / n - (total / n).square()).clamp(min=0).sqrt())
-        for name, (total, squares, n) in sums.items()
+        for name, (total, squares, n, runs) in sums.items()
+        if runs == count
     }
 
 
-def _factor(deviation: Tensor, wanted: Tensor) -> Tensor:
-    """What makes a deviation the wanted one; a unit that never varies stays as it is."""
-    live = deviation > 1e-6 * deviation.max()
+def _factor(mean: Tensor, deviation: Tensor, wanted: Tensor) -> Tensor:
+    """What makes a deviation the wanted one; a unit that never varies, but for rounding, stays as it is."""
+    live = deviation > 1e-6 * (mean.square() + deviation.square()).sqrt()
     return torch.where(live, wanted / deviation.clamp(min=torch.finfo(deviation.dtype).tiny), 1.0)

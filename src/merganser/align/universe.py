@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merganser.align.costs import is_statistic
 from merganser.align.many import Tensors, merge_many
 from merganser.align.match import assign
 from merganser.errors import ParameterError
@@ -47,6 +48,7 @@ class Universe:
     rounded: float
 
 
+@torch.inference_mode(False)
 def universe(
     spec: Spec,
     networks: Sequence[Tensors],
@@ -69,17 +71,20 @@ def universe(
         start: orders to begin with; by default those that the networks are in.
         starts: how often to begin, from `start` and then from random orders; the largest f counts.
         steps: of Frank-Wolfe, at most, a start.
-        improve: go on from the rounded result by `merge_many`'s coordinate ascent, which never lowers f.
+        improve: go on from the rounded result by `merge_many`'s coordinate ascent, and take it if f is not lower.
         seed: of the random starts, and of the order in which coordinate ascent takes networks and groups.
         progress: called as (starts done, starts).
 
     Raises:
         ParameterError: If there are fewer than two networks, or no start.
+        ShapeError: If a network has other shapes than the symmetries say.
     """
     if len(networks) < 2:
         raise ParameterError(f"{len(networks)} network; a common order takes two or more")
     if starts < 1:
         raise ParameterError(f"starts is {starts}; it is at least 1")
+    for i, network in enumerate(networks):
+        spec.check({n: x.shape for n, x in network.items() if n in spec.axes}, ref=f"network {i}")
     free = [n for n, g in spec.groups.items() if g.within is None and not g.fixed and not spec.inner(n)]
     begun = [dict(o) for o in start] if start is not None else [spec.identity() for _ in networks]
     generator = torch.Generator().manual_seed(seed)
@@ -92,9 +97,11 @@ def universe(
         turned, done = _ascend(problem, steps)
         orders = [spec.compose(o, {**spec.identity(), **then}) for o, then in zip(begun, turned, strict=True)]
         rounded = _value(spec, free, networks, orders)
-        if improve:
-            orders = merge_many(spec, networks, start=orders, seed=seed)
-        result = Universe(orders, done, _value(spec, free, networks, orders) if improve else rounded, rounded)
+        result = Universe(orders, done, rounded, rounded)
+        if improve:  # it moves groups, too, that f does not count, and may lose by that
+            better = merge_many(spec, networks, start=orders, seed=seed)
+            if (value := _value(spec, free, networks, better)) >= rounded:
+                result = Universe(better, done, value, rounded)
         if found is None or result.objective > found.objective:
             found = result
         if progress is not None:
@@ -132,13 +139,13 @@ class _Problem:
             if n not in spec.tied
             and n in networks[0]
             and networks[0][n].is_floating_point()
+            and not is_statistic(n)
             and any(g in free for part in parts for g in groups_in(part))
         ]
         self.tensors = {
             n: [spec.apply(o, n, net[n]).double() for net, o in zip(networks, orders, strict=True)] for n in names
         }
-        axes = [sum(any(g in free for g in groups_in(part)) for part in spec.axes[n]) for n in names]
-        self.degree = 2 * max(axes, default=0)
+        self.degree = 2 * max((sum(_factors(part, free) for part in spec.axes[n]) for n in names), default=0)
 
     def identity(self) -> list[Tensor]:
         return [
@@ -170,8 +177,9 @@ class _Problem:
     def gradient(self, x: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if not x:
             return ()
-        variables = [y.detach().requires_grad_() for y in x]
-        return torch.autograd.grad(self.objective(variables), variables)
+        with torch.enable_grad():
+            variables = [y.detach().clone().requires_grad_() for y in x]
+            return torch.autograd.grad(self.objective(variables), variables)
 
     def best_step(self, x: Sequence[Tensor], corner: Sequence[Tensor]) -> tuple[float, float]:
         """The t in [0, 1] with the largest f(x + t (corner - x)), and f there."""
@@ -184,6 +192,14 @@ class _Problem:
         roots = np.asarray(line.deriv().roots(), dtype=complex)
         turns = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
         return max(((t, float(line(t))) for t in (0.0, *turns, 1.0)), key=lambda found: found[1])
+
+
+def _factors(part: Part, free: Sequence[str]) -> int:
+    """How many matrices act on an entry of an axis."""
+    if not isinstance(part, dict):
+        return int(part in free)
+    counts = [_factors(p, free) for p in next(iter(part.values()))]
+    return max(counts) if "sum" in part else sum(counts)
 
 
 def _permutation(gradient: Tensor) -> Tensor:

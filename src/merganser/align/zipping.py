@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from merganser.align.activations import Batch, activation_costs, unit_correlations
-from merganser.align.costs import Moments, grown, unfold
+from merganser.align.costs import Moments, grown, is_statistic, unfold
 from merganser.align.match import match
 from merganser.align.renorm import Statistics, layer_statistics, repair, reset_batch_norm
 from merganser.align.zip import zip_units
@@ -93,7 +93,7 @@ def zip_networks(
         orders.append(match(found.spec, activation_costs(found, networks[0], other, batches), seed=seed).orders)
     clusters = joined_units(found, networks, orders, batches, how)
     merged = _network(networks[0], zipped(found.spec, states, orders, clusters), batches)
-    if repairs:
+    if repairs and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in merged.modules()):
         statistics = [layer_statistics(network, batches) for network in networks]
         repair(merged, [zipped_statistics(found.spec, statistics, orders, clusters)], batches)
     return merged
@@ -221,7 +221,9 @@ def weight_correlations(
     """
     moments: Moments | None = None
     for name, axis in spec.members(group):
-        if name in spec.tied or name not in networks[0] or not networks[0][name].is_floating_point():
+        if name in spec.tied or name not in networks[0] or is_statistic(name):
+            continue
+        if not networks[0][name].is_floating_point():
             continue
         places = spec.places_in(spec.axes[name][axis], group)
         rows = [

@@ -64,7 +64,7 @@ def align(
     from merganser.checkpoints import open_source
     from merganser.checkpoints.copying import write_source
     from merganser.checkpoints.overlap import refuse_overlap
-    from merganser.cli.subject import batches_of, loaded, subject
+    from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.errors import OutputError, ParameterError, RefError
     from merganser.symmetry import Spec
 
@@ -73,7 +73,7 @@ def align(
         raise ParameterError(f"{what} needs a network to run, and --symmetry brings none", "leave --symmetry out")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
-    refuse_overlap(out, [stays, moves])
+    refuse_overlap(out, [stays, moves, *([model] if model and Path(model).is_dir() else [])])
     one, two = open_source(stays), open_source(moves)
     seen: ActivationCosts | None = None
     if symmetry is not None:
@@ -89,7 +89,9 @@ def align(
         traces = found_in(model or stays, it)
         spec = traces.spec
         if inputs:
-            seen = activation_costs(traces, loaded(it.network, one), loaded(it.network, two), inputs)
+            first, second = loaded(it.network, one), loaded(it.network, two)
+            with running(model or stays):
+                seen = activation_costs(traces, first, second, inputs)
         for name in traces.unsound:
             console().print(f"refused by the self-check, and left as it is: {name}")
     with progress_bar("matching", quiet=quiet, unit="groups") as progress:

@@ -45,7 +45,7 @@ def barrier(
     """
     from merganser.align.barrier import loss_line
     from merganser.checkpoints import open_source
-    from merganser.cli.subject import loaded, subject
+    from merganser.cli.subject import loaded, running, subject
     from merganser.errors import OutputError
 
     for path in filter(None, (plot, json)):
@@ -57,7 +57,7 @@ def barrier(
     lines: dict[str, Line] = {}
     for other in others:
         second = loaded(it.network, open_source(other))
-        with progress_bar(other, quiet=quiet, unit="places") as progress:
+        with progress_bar(other, quiet=quiet, unit="places") as progress, running(model):
             lines[other] = loss_line(
                 first, first.state_dict(), second.state_dict(), given, points=points, reset=reset, progress=progress
             )

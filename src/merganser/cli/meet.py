@@ -65,7 +65,7 @@ def meet(
     from merganser.align.universe import universe
     from merganser.checkpoints import open_source
     from merganser.checkpoints.overlap import refuse_overlap
-    from merganser.cli.subject import batches_of, loaded, subject
+    from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.cli.symmetry import found_in, shape_of
     from merganser.errors import OutputError, ParameterError
 
@@ -73,7 +73,7 @@ def meet(
         raise ParameterError(f"{counted(len(checkpoints), 'checkpoint')}; a common order takes two or more")
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
-    refuse_overlap(out, checkpoints)
+    refuse_overlap(out, [*checkpoints, *([model] if model and Path(model).is_dir() else [])])
     sources = [open_source(ref) for ref in checkpoints]
     inputs = batches_of(batches) if batches is not None else []
     it = subject(model or checkpoints[0], shape_of(shape), inputs[0] if inputs else None)
@@ -89,7 +89,8 @@ def meet(
     for network, order in zip(networks, orders, strict=True):
         network.load_state_dict({n: found.spec.apply(order, n, x) for n, x in network.state_dict().items()})
     merged = networks[0]
-    said = _renormed(merged, mean, networks, inputs)
+    with running(model or checkpoints[0]):
+        said = _renormed(merged, mean, networks, inputs)
     receipt = {
         "checkpoints": checkpoints,
         "method": method.value,

@@ -12,17 +12,22 @@ if TYPE_CHECKING:
 
 
 def write_network(network: nn.Module, out: Path, like: Source, receipt: dict[str, Any], *, overwrite: bool) -> None:
-    """Write a network as a checkpoint folder, with the files that stand beside another one.
+    """Write a network as a checkpoint folder, in the types of another one and with the files that stand beside it.
 
     Raises:
         OutputError: If it cannot be written.
+        NonFiniteError: If a value is too large for its type.
     """
     from merganser.checkpoints.writer import CheckpointWriter
-    from merganser.numerics import DTYPE_NAMES
+    from merganser.numerics import DTYPE_NAMES, narrowed
     from merganser.types import TensorInfo
     from merganser.version import __version__
 
-    tensors = {name: x.detach().contiguous() for name, x in network.state_dict().items()}
+    tensors = {}
+    for name, x in network.state_dict().items():
+        info = like.infos.get(name)
+        tensors[name] = narrowed(x, info.dtype, name) if info and x.is_floating_point() else x
+        tensors[name] = tensors[name].detach().contiguous()
     infos = {name: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for name, x in tensors.items()}
     with CheckpointWriter(out, infos, overwrite=overwrite) as writer:
         for name, x in tensors.items():

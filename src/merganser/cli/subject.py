@@ -8,13 +8,14 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from merganser.errors import MerganserError, MissingTensorError, ParameterError, RefError, ShapeError
+from merganser.errors import MerganserError, MissingTensorError, NonFiniteError, ParameterError, RefError, ShapeError
 from merganser.types import Source
 
 if TYPE_CHECKING:
@@ -66,27 +67,57 @@ def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = Non
 def loaded(network: nn.Module, source: Source) -> nn.Module:
     """A copy of a network with the weights of a checkpoint, in evaluation mode.
 
-    BatchNorm's count of batches may be missing: nothing depends on it, and older files have none.
+    A tied tensor may be stored under any of its names. BatchNorm's count of batches may be missing: nothing depends on
+    it, and older files have none.
 
     Raises:
         MissingTensorError: If the checkpoint lacks a tensor of the network.
         ShapeError: If one has another shape.
+        NonFiniteError: If one holds NaN or infinity.
     """
+    import torch
+
     other = copy.deepcopy(network)
     stored = {**{name: name for name in source.infos}, **source.aliases}
+    state = other.state_dict()
+    twins: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
+    for name, x in state.items():
+        twins.setdefault((x.untyped_storage().data_ptr(), x.storage_offset(), tuple(x.shape)), []).append(name)
+    same = {name: names for names in twins.values() for name in names}
     tensors = {}
-    for name, x in other.state_dict().items():
-        if name not in stored and name.endswith("num_batches_tracked"):
+    for name, x in state.items():
+        place = next((stored[n] for n in (name, *same[name]) if n in stored), None)
+        if place is None and name.endswith("num_batches_tracked"):
             tensors[name] = x
             continue
-        if name not in stored:
-            raise MissingTensorError(f"{source.ref} lacks {name} of the network")
-        tensors[name] = source.read(stored[name])
+        if place is None:
+            raise MissingTensorError(
+                f"{source.ref} lacks {name} of the network",
+                f"it has {', '.join(sorted(source.infos)[:3])} ..; were they saved by another version of the library?",
+            )
+        tensors[name] = source.read(place)
         if tensors[name].shape != x.shape:
             shapes = f"{tuple(tensors[name].shape)}, and the network's {tuple(x.shape)}"
             raise ShapeError(f"{name} of {source.ref} is {shapes}")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise NonFiniteError(f"{name} of {source.ref} holds NaN or infinity")
     other.load_state_dict(tensors)
     return other.eval()
+
+
+@contextmanager
+def running(model: str) -> Iterator[None]:
+    """What code of a network raises while it runs on batches becomes an error of ours.
+
+    Raises:
+        ParameterError: If it raises anything of its own.
+    """
+    try:
+        yield
+    except MerganserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, OSError) as error:
+        raise ParameterError(f"{model} cannot be run on these inputs: {type(error).__name__}: {error}") from error
 
 
 def batches_of(name: str) -> list[Batch]:
@@ -102,8 +133,8 @@ def batches_of(name: str) -> list[Batch]:
     return found
 
 
-def given_by(name: str) -> Any:
-    """What the code that `path/file.py:name` names gives.
+def given_by(name: str) -> list[Any]:
+    """All that the code that `path/file.py:name` names gives.
 
     Raises:
         RefError: If there is no such file or name.
@@ -112,7 +143,11 @@ def given_by(name: str) -> Any:
     path, colon, what = name.rpartition(":")
     if not colon:
         raise RefError(f"{name} names no code", "path/file.py:name or package.module:name")
-    return _called(name, _named(path, what))
+    given = _called(name, _named(path, what))
+    try:
+        return list(given)
+    except Exception as error:  # whatever a generator does
+        raise ParameterError(f"{name} cannot be run through: {type(error).__name__}: {error}") from error
 
 
 def as_batch(name: str, batch: Any) -> Batch:

@@ -97,7 +97,7 @@ def found_in(model: str, it: Subject, *, check: bool = True) -> Symmetries:
 
     try:
         return symmetries(it.network, it.args, it.kwargs, output=it.output, check=check)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise ParameterError(f"{model} cannot be run on these inputs: {error}", "give others with --input") from error
 
 

@@ -55,21 +55,22 @@ def zip_(
     from merganser.align.zipping import zip_networks
     from merganser.checkpoints import open_source
     from merganser.checkpoints.overlap import refuse_overlap
-    from merganser.cli.subject import batches_of, loaded, subject
+    from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.cli.symmetry import found_in
     from merganser.errors import OutputError
 
     if out.exists() and not overwrite:
         raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
-    refuse_overlap(out, checkpoints)
+    refuse_overlap(out, [*checkpoints, *([model] if Path(model).is_dir() else [])])
     sources = [open_source(ref) for ref in checkpoints]
     inputs = batches_of(batches)
     it = subject(model, None, inputs[0])
     networks = [loaded(it.network, source) for source in sources]
     found = found_in(model, it)
-    merged = zip_networks(
-        found, networks, inputs, repeat=repeat, within=within, balance=balance, repairs=repairs, seed=seed
-    )
+    with running(model):
+        merged = zip_networks(
+            found, networks, inputs, repeat=repeat, within=within, balance=balance, repairs=repairs, seed=seed
+        )
     settings = {"repeat": repeat, "within": within, "balance": balance, "repair": repairs, "seed": seed}
     write_network(merged, out, sources[0], {"zipped": checkpoints, **settings}, overwrite=overwrite)
     if not quiet:

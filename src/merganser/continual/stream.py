@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import cache
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -141,13 +142,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@cache
+def _thread_pools() -> Any:
+    """Of numpy's linear algebra; looked for once, since an interrupt while it is looked for would be lost."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
 @contextmanager
 def _single_threaded_algebra() -> Iterator[None]:
-    from threadpoolctl import threadpool_limits
-
     before = torch.get_num_threads()
     try:
-        with threadpool_limits(1):
+        with _thread_pools().limit(limits=1):
             yield
     finally:
         torch.set_num_threads(before)

@@ -68,7 +68,8 @@ def opcm(
         s, U = squares.clamp(min=0).sqrt(), exact.to(d.dtype)
         k, rank = _leading(s, alpha, tolerance)
         strong = min(rank, int((s > 0.01 * s[0]).sum()))  # float32 is enough for their v_i, and twice as fast
-        if strong == rank and 3 * rank * merged.shape[1] > 2 * merged.shape[0] * sum(merged.shape):
+        squarable = 1e-12 < float(s[0]) < 1e12  # in float32
+        if squarable and strong == rank and 3 * rank * merged.shape[1] > 2 * merged.shape[0] * sum(merged.shape):
             del wide, exact
             return _without_right(merged, d, U[:, :rank], s[:rank].to(d.dtype), k, diagonal)
         Vh = merged.new_empty(rank, merged.shape[1])

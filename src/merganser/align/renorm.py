@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from merganser.errors import ParameterError, ShapeError
+from merganser.errors import NonFiniteError, ParameterError, ShapeError
 
 Batch = tuple[Sequence[Any], Mapping[str, Any]]
 
@@ -36,6 +36,7 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
 
     Raises:
         ParameterError: If there are such layers and no batch.
+        NonFiniteError: If what they take in is not finite. In both cases, and where a run fails, statistics stay.
     """
     layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not layers:
@@ -56,6 +57,8 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
                 seen += 1
         if not seen:
             raise ParameterError("there is no batch to measure BatchNorm's statistics by")
+        if not all(bool(torch.isfinite(x).all()) for layer in layers for x in layer.buffers()):
+            raise NonFiniteError("the batches give BatchNorm NaN or infinity", "see that they hold neither")
     except BaseException:
         for layer, buffers in before.items():
             layer.load_state_dict(buffers, strict=False)
@@ -91,6 +94,7 @@ def layer_statistics(network: nn.Module, batches: Iterable[Batch]) -> dict[str, 
 
     Raises:
         ParameterError: If there is no batch.
+        NonFiniteError: If a layer gives NaN or infinity.
     """
     return _measured(network, batches, {})
 
@@ -190,6 +194,9 @@ def _measured(network: nn.Module, batches: Iterable[Batch], targets: Statistics)
             module.training = mode
     if not count:
         raise ParameterError("there is no batch to measure layers by")
+    for name, (_, squares, _, _) in sums.items():
+        if not bool(torch.isfinite(squares).all()):
+            raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
     return {
         name: (total / n, (squares / n - (total / n).square()).clamp(min=0).sqrt())
         for name, (total, squares, n, runs) in sums.items()

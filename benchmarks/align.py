@@ -11,15 +11,16 @@ late is not counted: scipy by ours, and torch._dynamo, which torch imports at th
 table says what that takes, and what the whole process takes. Nothing is trained: weights are random by seed, and the
 same on every machine with the same torch.
 
-Against the peer: from two networks in memory to the second one's weights in the order of the first one's units. Ours is
-`symmetries`, `match` and `Spec.apply`; the peer's is `PermutationCoordinateDescent(a, b, x).rebasin()`, as its readme
-says. Both get the same picture to trace by. The peer measures BatchNorm's statistics anew only when it is asked to
-(`recalculate_batch_norms`), or when it interpolates; nobody asks, so neither side does. It needs that, though: it moves
-BatchNorm's scales and biases and leaves running means and variances where they were, so that what it gives is another
-function until they are measured anew ("output changed by"). Ours moves them. Ours also checks in float64 that what it
-found are symmetries, which the peer does not; so ours runs with the check, which is what counts, and without. Each
-matches what it may move, until a sweep changes nothing: ours in float64, the peer in float32. How many sweeps that takes depends on the order of groups, which is another one in every round, by seed; so
-time a sweep is given too. The peer works with torch 2.13.0, so both sides use the same one.
+Against the peer: from two networks in memory to the second one's weights in the order of the first one's units. Ours
+is `symmetries`, `match` and `Spec.apply`; the peer's is `PermutationCoordinateDescent(a, b, x).rebasin()`, as its
+readme says. Both get the same picture to trace by. The peer measures BatchNorm's statistics anew only when it is
+asked to (`recalculate_batch_norms`), or when it interpolates; nobody asks, so neither side does. It needs that,
+though: it moves BatchNorm's scales and biases and leaves running means and variances where they were, so that what it
+gives is another function until they are measured anew ("output changed by"). Ours moves them. Ours also checks in
+float64 that what it found are symmetries, which the peer does not; so ours runs with the check, which is what counts,
+and without. Each matches what it may move, until a sweep changes nothing: ours in float64, the peer in float32. How
+many sweeps that takes depends on the order of groups, which is another one in every round, by seed; so time a sweep
+is given too. The peer works with torch 2.13.0, so both sides use the same one.
 
 This script imports nothing outside the standard library until it is a measured process: a child of a large process
 would inherit its peak memory, and the peer's environment has no merganser.

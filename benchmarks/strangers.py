@@ -208,10 +208,11 @@ def report(name: str, data: Path, pairs: int, images: int) -> list[str]:
         f"{len(chosen)} pairs: {', '.join(f'{i}+{j}' for i, j in sorted(chosen))}; {len(family.labels)} test pictures; "
         f"mean ± standard deviation over pairs.",
         "",
-        "| | middle, % | barrier | middle, statistics from data | barrier |",
-        "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for method in found[0]:
+    if found:
+        lines += ["| | middle, % | barrier | middle, statistics from data | barrier |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for method in found[0] if found else ():
         cells = [cell([pair[method][i] for pair in found], d) for i, d in enumerate((1, 2, 1, 2))]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines += ["", "| all at once | as it is, % | statistics from data | s |", "| --- | ---: | ---: | ---: |"]
@@ -224,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_full.npz and weights/")
     parser.add_argument("--family", action="append", choices=sorted(FAMILIES), help="by default all")
-    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=6, help="0: all at once alone")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

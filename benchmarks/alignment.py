@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from merganser.align.activations import activation_costs
+from merganser.align.balancing import choose_balance
 from merganser.align.costs import DualCosts, WeightCosts
 from merganser.align.many import mean_of
 from merganser.align.match import match
@@ -122,6 +123,11 @@ def one_split(train_set: Digits, test: Digits, split: int) -> dict[str, tuple[fl
     start = match(found.spec, seen).orders
     dual = {x: merged(match(found.spec, DualCosts(alike, seen, x), start=start).orders) for x in BALANCES}
     best = max(BALANCES, key=lambda x: judged(dual[x], held)[0])
+    unseen = [((held.x,), {})]
+    without = choose_balance(dual.__getitem__, [one, two], unseen, balances=BALANCES)
+    zips = {x: zip_networks(found, [one, two], batches[:8], balance=x) for x in (0.0, *BALANCES)}
+    chosen = choose_balance(zips.__getitem__, [one, two], unseen, balances=list(zips))
+    labelled = max(zips, key=lambda x: judged(zips[x], held)[0])
     with torch.no_grad():
         both = [logits(network, test.x, codes) for network in (one, two)]
         ensemble = torch.stack([functional.softmax(z, 1) for z in both]).sum(0)
@@ -134,8 +140,14 @@ def one_split(train_set: Digits, test: Digits, split: int) -> dict[str, tuple[fl
         "aligned by weights, Pearson": judged(merged(match(found.spec, alike).orders), test),
         "aligned by activations": judged(merged(start), test),
         "aligned by both (MuDSC), balance by held-out joint accuracy": judged(dual[best], test),
-        "zipped by activations (ZipIt), repeat 0.5": judged(zip_networks(found, [one, two], batches[:8]), test),
+        "aligned by both (MuDSC), balance without labels": judged(without.network, test),
+        "zipped by activations (ZipIt), repeat 0.5": judged(zips[0.0], test),
+        "zipped by both (MuDSC), balance by held-out joint accuracy": judged(zips[labelled], test),
+        "zipped by both (MuDSC), balance without labels": judged(chosen.network, test),
         "balance": (best, float("nan")),
+        "balance without labels": (without.balance, float("nan")),
+        "balance of the zip": (labelled, float("nan")),
+        "balance of the zip without labels": (chosen.balance, float("nan")),
     }
 
 
@@ -157,8 +169,8 @@ def main() -> None:
     for name in rows[0]:
         values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
         mean, deviation = values.mean(0), values.std(0) if len(rows) > 1 else torch.zeros(2)
-        if name == "balance":
-            lines.append(f"\nBalances chosen: {', '.join(f'{row[name][0]:.1f}' for row in rows)}.")
+        if name.startswith("balance"):
+            lines.append(f"\nChosen, {name}: {', '.join(f'{row[name][0]:.1f}' for row in rows)}.")
         else:
             cells = [
                 "" if math.isnan(m) else f"{m:.1f} ± {d:.1f}"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,7 @@ def test_ctrl_c_exits_with_130_and_changes_nothing(
         put(self, *rest)
         calls.append(rest)
         if len(calls) == 1:
+            time.sleep(0.2)  # until the main thread waits: Python drops an interrupt that meets a weakref's callback
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(CheckpointWriter, "put", interrupted)

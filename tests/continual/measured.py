@@ -26,10 +26,10 @@ def status_bytes(key: str) -> int:
 
 
 def warm(folder: Path, method: str, settings: dict[str, object]) -> None:
-    """Fold something tiny first, so that libraries are loaded and buffers are there."""
+    """Fold one matrix first, so that libraries are loaded and their buffers, which stay, are touched."""
     for name in ("a", "b", "c"):
         (folder / name).mkdir(parents=True)
-        save_file({"x.weight": torch.randn(40, 36)}, folder / name / "model.safetensors")
+        save_file({"x.weight": torch.randn(600, 520)}, folder / name / "model.safetensors")
     fold = Fold.init(folder / "a", folder / "state", method, threads=1, **settings)
     for name in ("b", "c"):
         fold.add(folder / name, threads=1, allow_distant=True)

@@ -23,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from _peers import environment
 
 HERE = Path(__file__).resolve().parent
 PEER = ("torch==2.13.0", "transformers<5", "huggingface_hub<1", "datasets<4", "fusion-bench==0.2.33")
@@ -90,19 +91,6 @@ class Bench:
         self.base = str(self.models / "base")
         self.experts = [str(self.models / f"expert-{i:02d}") for i in range(1, count + 1)]
         self.model_mb = (self.models / "base" / "model.safetensors").stat().st_size / 1e6
-
-    def peer_python(self, given: Path | None) -> str:
-        """The interpreter of the peer's environment, which is made once."""
-        if given:
-            return str(given)
-        folder = self.work / "peer-env"
-        python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-        if not (folder / "ready").exists():
-            print("making the peer's environment ...", file=sys.stderr)
-            venv.create(folder, with_pip=True, clear=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", *PEER], check=True)
-            (folder / "ready").touch()
-        return str(python)
 
     def fresh(self) -> None:
         """Remove what the last run of ours left."""
@@ -272,7 +260,7 @@ def main() -> None:
     }
     bench.one_pass("opcm", experts[:2])
     if matched:
-        python = bench.peer_python(args.peer_python)
+        python = str(args.peer_python or environment(args.work / "peer-env", PEER))
         bench.peer(python, experts[:2])
         runners[peer] = lambda: bench.peer(python, experts)
     found = interleave(args.rounds, runners)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merganser.align.activations import Batch
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
-
-Batch = tuple[Sequence[Any], Mapping[str, Any]]
+from merganser.symmetry.record import evaluating
 
 
 def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
@@ -41,17 +41,15 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
     layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not layers:
         return 0
-    modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     before = {layer: {n: x.clone() for n, x in layer.named_buffers()} for layer in layers}
-    network.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative mean
-        layer.train()
     seen = 0
     try:
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # a cumulative mean
+                layer.train()
             for args, kwargs in batches:
                 network(*args, **kwargs)
                 seen += 1
@@ -64,8 +62,6 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
             layer.load_state_dict(buffers, strict=False)
         raise
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for layer, momentum in momenta.items():
             layer.momentum = momentum
     return len(layers)
@@ -179,19 +175,15 @@ def _measured(network: nn.Module, batches: Iterable[Batch], targets: Statistics)
         return hook
 
     hooks = [m.register_forward_hook(watched(n, m)) for n, m in _repairable(network).items()]
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
     count = 0
     try:
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
             for args, kwargs in batches:
                 network(*args, **kwargs)
                 count += 1
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise ParameterError("there is no batch to measure layers by")
     for name, (_, squares, _, _) in sums.items():

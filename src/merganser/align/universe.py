@@ -3,8 +3,8 @@ r"""Several networks in one order of units that none of them sets: Frank-Wolfe o
     maximise f(X) = sum_{a<b} sum_l <Y_a^l, Y_b^l>,   Y_m^l = tensor l of network m, X_m^g along every axis of group g
     S = argmax <grad f, S> over permutations (one assignment a matrix),   X <- X + t (S - X)
 
-Along a step f is a polynomial in t, of twice as many degrees as a tensor has axes that move: evaluated that often and
-one time more it is known, so t is its exact maximum on [0, 1]. Maps from one network to another go through the common
+Along a step f is a polynomial in t, of twice as many degrees as matrices act on a tensor: evaluated that often and one
+time more it is known, so t is its exact maximum on [0, 1]. Maps from one network to another go through the common
 places, X_a^T X_b, so that going round a cycle changes nothing.
 
 Source: Crisostomi et al. 2024, arXiv:2405.17897, algorithm 1. There t is found by a bounded search, and the result is

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merganser.cli.network import check_out
 from merganser.cli.show import console, counted, progress_bar
 from merganser.cli.symmetry import Input, found_in, shape_of
 
@@ -63,17 +64,14 @@ def align(
     from merganser.align.aligning import align as find
     from merganser.checkpoints import open_source
     from merganser.checkpoints.copying import write_source
-    from merganser.checkpoints.overlap import refuse_overlap
     from merganser.cli.subject import batches_of, loaded, running, subject
-    from merganser.errors import OutputError, ParameterError, RefError
+    from merganser.errors import ParameterError, RefError
     from merganser.symmetry import Spec
 
     if symmetry is not None and (model is not None or batches is not None):
         what = "--model" if model is not None else "--batches"
         raise ParameterError(f"{what} needs a network to run, and --symmetry brings none", "leave --symmetry out")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
-    refuse_overlap(out, [stays, moves, *([model] if model and Path(model).is_dir() else [])])
+    check_out(out, [stays, moves], model, overwrite=overwrite)
     one, two = open_source(stays), open_source(moves)
     seen: ActivationCosts | None = None
     if symmetry is not None:

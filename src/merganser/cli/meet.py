@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merganser.cli.network import write_network
+from merganser.cli.network import check_out, write_network
 from merganser.cli.show import console, counted, progress_bar
 from merganser.cli.symmetry import Input
 
@@ -64,16 +64,13 @@ def meet(
     from merganser.align.many import mean_of, merge_many, star
     from merganser.align.universe import universe
     from merganser.checkpoints import open_source
-    from merganser.checkpoints.overlap import refuse_overlap
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.cli.symmetry import found_in, shape_of
-    from merganser.errors import OutputError, ParameterError
+    from merganser.errors import ParameterError
 
     if len(checkpoints) < 2:
         raise ParameterError(f"{counted(len(checkpoints), 'checkpoint')}; a common order takes two or more")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
-    refuse_overlap(out, [*checkpoints, *([model] if model and Path(model).is_dir() else [])])
+    check_out(out, checkpoints, model, overwrite=overwrite)
     sources = [open_source(ref) for ref in checkpoints]
     inputs = batches_of(batches) if batches is not None else []
     it = subject(model or checkpoints[0], shape_of(shape), inputs[0] if inputs else None)

@@ -1,7 +1,8 @@
-"""Write a network that a command made."""
+"""Where a command may write a network, and writing it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from merganser.types import Source
+
+
+def check_out(out: Path, refs: Sequence[str], model: str | None, *, overwrite: bool) -> None:
+    """Refuse a folder that is there, or that holds, or lies in, what is read.
+
+    Raises:
+        OutputError: If that is so.
+    """
+    from merganser.checkpoints.overlap import refuse_overlap
+    from merganser.errors import OutputError
+
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
+    refuse_overlap(out, [*refs, *([model] if model and Path(model).is_dir() else [])])
 
 
 def write_network(network: nn.Module, out: Path, like: Source, receipt: dict[str, Any], *, overwrite: bool) -> None:

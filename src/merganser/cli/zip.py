@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from merganser.cli.network import write_network
+from merganser.cli.network import check_out, write_network
 from merganser.cli.show import console, counted
 
 
@@ -54,14 +54,10 @@ def zip_(
     """
     from merganser.align.zipping import zip_networks
     from merganser.checkpoints import open_source
-    from merganser.checkpoints.overlap import refuse_overlap
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.cli.symmetry import found_in
-    from merganser.errors import OutputError
 
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists", "name another folder, or add --overwrite")
-    refuse_overlap(out, [*checkpoints, *([model] if Path(model).is_dir() else [])])
+    check_out(out, checkpoints, model, overwrite=overwrite)
     sources = [open_source(ref) for ref in checkpoints]
     inputs = batches_of(batches)
     it = subject(model, None, inputs[0])

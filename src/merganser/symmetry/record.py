@@ -10,6 +10,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -163,11 +164,22 @@ def record_tensors(
     return recorder.kept
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode, and after it every module in the mode that it was in."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _run(
     recorder: _Recorder, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Output | None
 ) -> None:
     recorder.enter({"args": args, "kwargs": dict(kwargs)}, "input")
-    modes = {module: module.training for module in network.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     hooks = [
         hook
@@ -176,10 +188,9 @@ def _run(
     ]
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that nobody can look into
-        network.eval()
         devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
         unseen = torch.random.fork_rng(devices), torch.inference_mode(False), warnings.catch_warnings()
-        with unseen[0], unseen[1], unseen[2], torch.no_grad(), recorder:
+        with unseen[0], unseen[1], unseen[2], evaluating(network), torch.no_grad(), recorder:
             warnings.simplefilter("ignore")  # of switching a fused kernel off
             with torch.backends.mkldnn.flags(enabled=False):  # a whole LSTM in one operation
                 result = network(*args, **kwargs)
@@ -187,8 +198,6 @@ def _run(
         torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     recorder.record.outputs = tuple(recorder.value(x, "constant") for x in tensors_of(result, output))
 
 

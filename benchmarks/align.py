@@ -32,6 +32,7 @@ import argparse
 import itertools
 import os
 import platform
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence

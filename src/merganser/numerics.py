@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import fsum
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merganser.errors import NonFiniteError
+from merganser.errors import NonFiniteError, ParameterError
 
 #: safetensors dtype name -> torch dtype.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -50,9 +50,16 @@ def narrowed(x: Tensor, dtype: str, name: str) -> Tensor:
         NonFiniteError: If a finite value becomes infinite.
     """
     cast = x.to(TORCH_DTYPES[dtype])
-    if cast is not x and cast.is_floating_point() and not torch.equal(torch.isfinite(cast), torch.isfinite(x)):
+    if cast is x or not cast.is_floating_point() or sum_is_finite(cast):
+        return cast
+    if not torch.equal(torch.isfinite(cast), torch.isfinite(x)):
         raise NonFiniteError(f"{name} overflows {dtype}", "choose a wider type: --dtype BF16 or F32")
     return cast
+
+
+def sum_is_finite(x: Tensor) -> bool:
+    """Whether the sum of all entries is finite, which says in one pass that all of them are; False says nothing."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)))
 
 
 def raw_bytes(x: Tensor) -> memoryview:
@@ -63,6 +70,22 @@ def raw_bytes(x: Tensor) -> memoryview:
     """
     array: Any = x.contiguous().reshape(-1).view(torch.uint8).numpy() if x.numel() else b""
     return memoryview(array)
+
+
+def per_model(value: float | Sequence[float], models: int) -> list[float]:
+    """One number a model from a number for all or from a sequence.
+
+    Raises:
+        ParameterError: If the sequence has another length.
+
+    >>> per_model(0.5, 2)
+    [0.5, 0.5]
+    """
+    if isinstance(value, (int, float)):
+        return [float(value)] * models
+    if len(value) != models:
+        raise ParameterError(f"{len(value)} values are given for {models} models")
+    return [float(v) for v in value]
 
 
 def sum_of_squares(x: Tensor) -> float:

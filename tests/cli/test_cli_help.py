@@ -32,6 +32,7 @@ FOLD = ("init", "add", "remove", "reweight", "combine", "export", "show", "verif
 def test_the_commands_are_those_of_the_readme() -> None:
     groups = {("fold",), ("zoo",), ("symmetry",), ()}
     alone = {("methods",), ("inspect",), ("convert",), ("align",), ("zip",), ("meet",), ("barrier",), ("study",)}
+    alone |= {("merge",), ("plan",), ("doctor",), ("diff",), ("measure",)}
     inside = {("zoo", "train"), ("symmetry", "show")}
     assert set(COMMANDS) - groups == {*alone, *inside, *(("fold", name) for name in FOLD)}
 

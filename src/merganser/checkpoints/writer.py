@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
+from merganser.checkpoints.journal import Journal, adopted
 from merganser.errors import OutputError
 from merganser.numerics import narrowed, raw_bytes
 from merganser.types import ITEM_BYTES, TensorInfo
@@ -39,12 +40,16 @@ class FolderTransaction:
     Args:
         target: where the folder shall be.
         overwrite: whether a folder that is there already may be replaced; it stays until the rename.
+        resume: what is written; a leftover of the same, whose writer is dead, is gone on with.
+
+    Attributes:
+        resumed: whether `folder` is such a leftover.
 
     Raises:
         OutputError: If the target exists and may not be replaced, is not a folder, or cannot be written.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, target: Path, *, overwrite: bool = False, resume: str | None = None) -> None:
         self.target, self._overwrite = target, overwrite
         try:
             if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -57,8 +62,10 @@ class FolderTransaction:
                 if not (target / RECEIPT_NAME).is_file():
                     raise OutputError(f"{target} holds no {RECEIPT_NAME}: it was not made here", "remove it yourself")
             target.parent.mkdir(parents=True, exist_ok=True)
+            leftover = adopted(target, resume) if resume is not None else None
+            self.resumed = leftover is not None
             remove_leftovers(target)
-            self.folder, self._lock = _locked_sibling(target)
+            self.folder, self._lock = leftover or _locked_sibling(target)
         except OSError as error:
             raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
 
@@ -78,10 +85,11 @@ class FolderTransaction:
             sync(self.target.parent)
         os.close(self._lock)
 
-    def abort(self) -> None:
-        """Remove what was written."""
+    def abort(self, *, leave: bool = False) -> None:
+        """Remove what was written, or leave it to be gone on with."""
         os.close(self._lock)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not leave:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _locked_sibling(target: Path) -> tuple[Path, int]:
@@ -187,6 +195,11 @@ class CheckpointWriter:
         shard_bytes: size in bytes at which the next file is begun; a larger tensor gets a file of its own.
         overwrite: replace a folder that is there.
         stem: first part of the files' names.
+        resume: what is written, as one line: an interrupted writer leaves its folder to the next one of the same
+            line, which finds in `done` what is there already.
+
+    Attributes:
+        done: names of tensors that an earlier writer wrote; their bytes have been compared with their digests.
 
     Raises:
         OutputError: If the target may not be written, or the disk lacks the room.
@@ -201,6 +214,7 @@ class CheckpointWriter:
         shard_bytes: int = DEFAULT_SHARD_BYTES,
         overwrite: bool = False,
         stem: str = "model",
+        resume: str | None = None,
     ) -> None:
         if "__metadata__" in infos or "format" in (aliases or {}):
             raise OutputError(
@@ -211,20 +225,24 @@ class CheckpointWriter:
         self.infos = {name: infos[name] for name in sorted(infos)}
         self._aliases, self._stem = dict(aliases or {}), stem
         self._total_bytes = sum(info.nbytes for info in self.infos.values())
-        self._transaction = FolderTransaction(target, overwrite=overwrite)
+        self._transaction = FolderTransaction(target, overwrite=overwrite, resume=resume)
+        self._hashes: dict[str, Any] = {name: hashlib.sha256() for name in self.infos}
+        self._written = dict.fromkeys(self.infos, 0)
+        self._journal = Journal(self.folder, resume) if resume is not None else None
         try:
             free = shutil.disk_usage(self._transaction.folder).free
-            if free < self._total_bytes:
+            if free < self._total_bytes and not self._transaction.resumed:
                 raise OutputError(f"{target} needs {self._total_bytes:,} bytes, and the disk has {free:,} free")
             self._open_files(shard_bytes)
+            self.done: frozenset[str] = self._recovered() if self._transaction.resumed else frozenset()
+            if self._journal is not None:
+                self._journal.begin({name: self._hashes[name].hexdigest() for name in self.done})
         except OSError as error:
             self._transaction.abort()
             raise OutputError(f"{target} cannot be written: {error.strerror}") from error
         except BaseException:
             self._transaction.abort()
             raise
-        self._hashes: dict[str, Any] = {name: hashlib.sha256() for name in self.infos}
-        self._written = dict.fromkeys(self.infos, 0)
         self._lock = threading.Lock()
         self._unflushed = 0
         self._flusher: threading.Thread | None = None
@@ -259,7 +277,7 @@ class CheckpointWriter:
             text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
             text += b" " * (-len(text) % 8)
             start = 8 + len(text)
-            with path.open("wb") as file:
+            with path.open("r+b" if path.exists() else "wb") as file:  # a resumed file keeps its data
                 file.write(struct.pack("<Q", len(text)) + text)
                 file.truncate(start + position)
             for name in names:
@@ -288,7 +306,24 @@ class CheckpointWriter:
             raise OutputError(f"{self.target} cannot be written: {error.strerror}") from error
         self._hashes[name].update(data)
         self._written[name] = offset + len(data)
+        if self._journal is not None and self._written[name] == info.nbytes:
+            self._journal.add(name, self._hashes[name].hexdigest())
         self._flush_behind(path, len(data))
+
+    def _recovered(self) -> frozenset[str]:
+        """Tensors of the journal whose bytes are there: a machine that failed may have lost some."""
+        assert self._journal is not None
+        for name, digest in self._journal.entries().items():
+            (path, begin), left = self._where[name], self.infos[name].nbytes
+            hashed = hashlib.sha256()
+            with path.open("rb") as file:
+                file.seek(begin)
+                while left and (block := file.read(min(left, FLUSH_BYTES))):
+                    hashed.update(block)
+                    left -= len(block)
+            if hashed.hexdigest() == digest:
+                self._hashes[name], self._written[name] = hashed, self.infos[name].nbytes
+        return frozenset(name for name, written in self._written.items() if written)
 
     def _flush_behind(self, path: Path, count: int) -> None:
         """Begin to flush what is written while the next is computed, so that the commit need not wait for all of it."""
@@ -322,16 +357,18 @@ class CheckpointWriter:
             for path in companions:
                 shutil.copyfile(path, self.folder / path.name)
             write_json(self.folder / RECEIPT_NAME, receipt)
+            if self._journal is not None:
+                self._journal.end()
             self._transaction.commit()
         except OSError as error:
             raise OutputError(f"{self.target} cannot be written: {error}") from error
         self._open = False
 
-    def abort(self) -> None:
-        """Remove what was written, unless it was committed."""
+    def abort(self, *, leave: bool = False) -> None:
+        """Remove what was written, or leave it to be gone on with; nothing once it was committed."""
         if self._open:
             self._open = False
-            self._transaction.abort()
+            self._transaction.abort(leave=leave)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -339,4 +376,4 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.abort()
+        self.abort(leave=self._journal is not None and isinstance(error, KeyboardInterrupt))

@@ -11,8 +11,12 @@ from typer.core import TyperGroup
 from merganser.cli.align import align
 from merganser.cli.barrier import barrier
 from merganser.cli.checkpoint import convert, inspect
+from merganser.cli.diff import diff
+from merganser.cli.doctor import doctor
 from merganser.cli.fold import app as fold_app
+from merganser.cli.measure import measure
 from merganser.cli.meet import meet
+from merganser.cli.merge import merge, plan
 from merganser.cli.methods import methods
 from merganser.cli.study import study
 from merganser.cli.symmetry import app as symmetry_app
@@ -42,6 +46,11 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 a check found something wrong; 2 the input cannot be used, and nothing was changed.",
 )
 app.add_typer(fold_app, name="fold")
+app.command()(merge)
+app.command()(plan)
+app.command()(doctor)
+app.command()(diff)
+app.command()(measure)
 app.add_typer(symmetry_app, name="symmetry")
 app.add_typer(zoo_app, name="zoo")
 app.command()(align)

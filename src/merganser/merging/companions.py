@@ -1,0 +1,124 @@
+"""The files beside the weights: the donor's config with what the merge changed, and a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merganser.checkpoints.writer import write_json
+from merganser.merging.layers import depths, place_of
+from merganser.merging.plan import Plan
+from merganser.merging.tokenizer_json import is_tokenizer_file
+from merganser.merging.vocabulary_rows import unwrapped
+from merganser.types import FLOAT_DTYPES
+
+CARD_NAME = "README.md"
+_CONFIG, _GENERATION, _TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+_TYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+#: What the number of layers is called in the configs of transformers' and diffusers' models.
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+
+
+def write_companions(plan: Plan, folder: Path, *, taken: set[str]) -> list[Path]:
+    """Write what differs from the donor's files into the folder; return those to be copied as they are.
+
+    Args:
+        plan: of the merge.
+        folder: where the weights are being written.
+        taken: names of files that are there.
+    """
+    copied = []
+    for path in plan.sources[plan.donor].companions():
+        content = _read(path) if path.name in (_CONFIG, _GENERATION) else None
+        if content is not None and (changed := _adapted(path.name, content, plan)) != content:
+            write_json(folder / path.name, changed)
+        elif path.name not in taken and not (plan.vocabulary is not None and is_tokenizer_file(path.name)):
+            copied.append(path)
+    for name, file in plan.vocabulary.files.items() if plan.vocabulary is not None else ():
+        (folder / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+    if plan.chat_template is not None:
+        copied = [path for path in copied if path.name != _TEMPLATE]
+        (folder / _TEMPLATE).write_text(plan.chat_template, "utf-8")
+    (folder / CARD_NAME).write_text(_card(plan), "utf-8")
+    return copied
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _adapted(name: str, config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """A file of the donor's for the output: vocabulary, depth, type of the weights, tied embeddings; nothing else."""
+    changed: dict[str, Any] = dict(config)
+    if plan.vocabulary is not None:
+        paths = {path.name: path for path in plan.sources[plan.vocabulary.donor].companions()}
+        changed = plan.vocabulary.adapted(config, plan.donor, _read(paths[name]) if name in paths else None)
+    if name != _CONFIG:
+        return changed
+    before = depths(plan.sources[plan.donor].infos)
+    for key in _DEPTH_KEYS:
+        for stack, count in plan.layers.items():
+            if before.get(stack, count) != count and config.get(key) == before[stack]:
+                changed[key] = count
+                for name, value in config.items():  # one entry a layer, as in layer_types
+                    if isinstance(value, list) and len(value) == before[stack]:
+                        changed[name] = [value[i] for i in _donor_layers(plan, stack, count)]
+    types = {t.info.dtype for t in plan.tensors.values() if t.info.dtype in FLOAT_DTYPES}
+    stored = {i.dtype for i in plan.sources[plan.donor].infos.values() if i.dtype in FLOAT_DTYPES}
+    if len(types) == 1 and types != stored:
+        for key in ("torch_dtype", "dtype"):
+            if key in config:
+                changed[key] = _TYPE_NAMES[next(iter(types))]
+    if config.get("tie_word_embeddings", True) and set(plan.sources[plan.donor].aliases) - set(plan.aliases):
+        changed["tie_word_embeddings"] = False
+    return changed
+
+
+def _donor_layers(plan: Plan, stack: str, count: int) -> list[int]:
+    """For every layer of the output, the lead model's layer that it is made of."""
+    found = [0] * count
+    for name, tensor in plan.tensors.items():
+        place = place_of(name)
+        lead = place_of((tensor.base or tensor.models[0]).name)
+        if place is not None and lead is not None and place.stack == stack:
+            found[place.index] = lead.index
+    return found
+
+
+def _card(plan: Plan) -> str:
+    """A model card as the Hugging Face hub reads it: what was merged, how, and the recipe itself."""
+    recipe = plan.recipe
+    models = [ref for ref in recipe.refs if recipe.base is None or ref != recipe.base.ref]
+    listed = "\n".join(f"- {ref}" for ref in dict.fromkeys(_inputs(plan)))
+    based = f", with `{recipe.base.ref}` as base" if recipe.base is not None else ""
+    hub = [ref.removeprefix("hf:").partition("@")[0] for ref in _inputs(plan) if not Path(ref).exists()]
+    front = ["base_model:", *(f"- {ref}" for ref in dict.fromkeys(hub))] if hub else []
+    header = "\n".join(["---", *front, "base_model_relation: merge", "tags:", "- merge", "- merganser", "---"])
+    return f"""{header}
+# {recipe.name or "A merged model"}
+
+{len(models)} models merged by `{recipe.method}`{based}:
+
+{listed}
+
+The receipt `merganser.json` holds the digest of every tensor that was read and written.
+
+```yaml
+{recipe.text.strip()}
+```
+"""
+
+
+def _inputs(plan: Plan) -> list[str]:
+    """References of everything that is read from files, through all stages."""
+    found: list[str] = []
+    for ref, source in plan.sources.items():
+        inner = getattr(unwrapped(source), "plan", None)
+        found += _inputs(inner) if isinstance(inner, Plan) else [ref]
+    return found

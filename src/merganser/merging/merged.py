@@ -1,0 +1,369 @@
+"""A planned merge seen as a checkpoint: reading a tensor computes it. So a merge can be written, or feed another one.
+
+What a method asks for beyond the chunk at hand (inner products, ranks, norms, noise) is measured here once a tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from math import inf, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merganser.continual.kinds import kind_of
+from merganser.continual.roles import is_matrix
+from merganser.errors import DtypeError, NonFiniteError
+from merganser.merging.plan import Piece, Plan, TensorPlan
+from merganser.merging.post import finished
+from merganser.merging.survey import Ranked, cell_rows, chunk_rows, inner_products, ranked, sums
+from merganser.methods.joint import Joint, Locality
+from merganser.noise import uniform
+from merganser.numerics import compute_dtype, narrowed, sum_is_finite
+from merganser.types import TensorInfo
+
+#: Elements of a tensor that are handled at a time where the method allows it: they stay in the processor's cache.
+CHUNK_ELEMENTS = 1 << 17
+
+Rows = tuple[int, int] | None
+
+
+@dataclass
+class _Measured:
+    """What was measured of one whole tensor.
+
+    Attributes:
+        brought: figures that the function asks for.
+        ranks: for each model (or for all at once) which entries are kept; None where the function does not ask.
+        position: row that must be asked for next, since ranks are given out in order.
+    """
+
+    brought: dict[str, Any]
+    ranks: list[Ranked | None] | None = None
+    position: int = 0
+
+
+class Merged:
+    """A Source whose tensors are merged as they are read.
+
+    Args:
+        plan: what to merge.
+        chunk_elements: elements at a time.
+
+    Attributes:
+        tokenizer_files: of the output, where the recipe asks for a vocabulary; not there otherwise.
+    """
+
+    identity: str | None = None
+
+    def __init__(self, plan: Plan, *, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+        self.plan, self.ref = plan, plan.recipe.name or "the merge"
+        self._chunk_elements = chunk_elements
+        self.infos: Mapping[str, TensorInfo] = {name: t.info for name, t in plan.tensors.items()}
+        self.aliases: Mapping[str, str] = dict(plan.aliases)
+        if plan.vocabulary is not None:
+            self.tokenizer_files = plan.vocabulary.files
+        self._measured: dict[str, _Measured] = {}
+        self._locks = {name: threading.RLock() for name in plan.tensors}
+
+    def companions(self) -> Sequence[Path]:
+        """The donor's files."""
+        return self.plan.sources[self.plan.donor].companions()
+
+    def chunks(self, name: str) -> Iterator[Rows]:
+        """Rows to ask for in turn; (None,) where the whole tensor must be merged at once."""
+        tensor = self.plan.tensors[name]
+        if not tensor.info.shape or self._locality(tensor) == "tensor":
+            yield None
+        else:
+            yield from chunk_rows(tensor.info.shape, self._chunk_elements)
+
+    def read(self, name: str, rows: Rows = None) -> Tensor:
+        """Merge one tensor, or rows of it.
+
+        Raises:
+            NonFiniteError: If a model holds NaN or infinity there, or the merged value does not fit its type.
+            DtypeError: If integers differ between models.
+            ParameterError: If the method refuses a setting.
+        """
+        tensor = self.plan.tensors[name]
+        if tensor.role in ("fixed", "exact"):
+            return self._copied(name, tensor, rows)
+        with self._locks[name]:
+            if rows is not None and self._locality(tensor) == "tensor":
+                return self.read(name)[rows[0] : rows[1]]
+            if rows is None and self._locality(tensor) != "tensor" and tensor.info.shape:
+                return torch.cat([self.read(name, part) for part in self.chunks(name)])
+            merged = self._merged(name, tensor, rows)
+        if not (sum_is_finite(merged) or bool(torch.isfinite(merged).all())):
+            self._blame(name, tensor, rows)
+        return narrowed(merged, tensor.info.dtype, name)
+
+    def forget(self, name: str) -> None:
+        """Drop what was measured of a tensor that is not read again."""
+        self._measured.pop(name, None)
+
+    # what goes into the function
+
+    def _read(self, piece: Piece, rows: Rows) -> Tensor:
+        return self.plan.sources[piece.ref].read(piece.name, rows)
+
+    def _stack(self, tensor: TensorPlan, rows: Rows, *, changes: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Models, or models minus the base, and the base."""
+        old = self._read(tensor.base, rows) if tensor.base is not None else None
+        stored = [self._read(piece, rows) for piece in tensor.models]
+        dtype = compute_dtype(torch.float64 if any(x.dtype == torch.float64 for x in stored) else stored[0].dtype)
+        if old is not None and old.dtype == torch.float64:
+            dtype = torch.float64
+        base = old.to(dtype) if old is not None else None
+        if not changes or base is None:
+            return [x.to(dtype) for x in stored], base
+        return [x.to(dtype) - base if x.dtype == dtype else x.to(dtype).sub_(base) for x in stored], base
+
+    def _copied(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
+        lead = tensor.base or tensor.models[0]
+        value = self._read(lead, rows)
+        if tensor.role == "exact":
+            for piece in tensor.models:
+                if not torch.equal(self._read(piece, rows), value):
+                    raise DtypeError(
+                        f"{name} holds integers that differ between {lead.ref} and {piece.ref}",
+                        f"keep: ['{name}'] takes those of {lead.ref}",
+                    )
+        return narrowed(value, tensor.info.dtype, name)
+
+    # the function
+
+    def _rule(self, tensor: TensorPlan) -> tuple[Any, bool]:
+        """The function for a tensor and whether it wants a matrix (out, in)."""
+        row = self.plan.rules.method
+        assert isinstance(row, Joint)
+        if row.vector is None:
+            return row.function, False
+        return (row.function, True) if is_matrix(tensor.role) else (row.vector, False)
+
+    def _locality(self, tensor: TensorPlan) -> Locality:
+        if tensor.role in ("fixed", "exact", "statistic"):
+            return "element"
+        row = self.plan.rules.method
+        if not isinstance(row, Joint):
+            kind = kind_of(self.plan.recipe.method, tensor.settings)
+            chunked = kind.chunked(tensor.role, tensor.info.shape) and not self.plan.recipe.post
+            return "element" if chunked else "tensor"
+        if self.plan.recipe.post:
+            return "tensor"
+        if row.vector is not None and not is_matrix(tensor.role):
+            return "element"
+        local = row.locality if isinstance(row.locality, str) else row.locality(self._given(tensor))
+        return "tensor" if local == "row" and len(tensor.info.shape) < 2 else local  # a vector is one row
+
+    def _merged(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
+        if tensor.role == "statistic":
+            return self._mean(tensor, rows)
+        row = self.plan.rules.method
+        if not isinstance(row, Joint):
+            return self._folded(name, tensor, rows)
+        function, matrix = self._rule(tensor)
+        needs = _names(function)
+        changes = "d" in needs
+        stack, base = self._stack(tensor, rows, changes=changes)
+        seen = [_seen(x, tensor) for x in stack] if matrix else stack
+        brought: dict[str, Any] = {"d": seen, "x": seen, "weight": tensor.weight}
+        if base is not None:
+            brought["base"] = _seen(base, tensor) if matrix else base
+        for kind in needs & {"gram", "fisher"}:
+            part = rows if kind == "fisher" else None
+            read = [
+                self._read(Piece(ref, f"{kind}/{p.name}"), part)
+                for ref, p in zip(tensor.statistics, tensor.models, strict=True)
+            ]
+            brought[kind] = [x.to(stack[0].dtype) for x in read]
+        if "u" in needs:
+            brought["u"] = self._noise(name, tensor, rows)
+        if self._asked(tensor, needs):
+            measured = self._measure(name, tensor, rows, function)
+            brought |= measured.brought
+            if measured.ranks is not None:
+                brought["keep"] = _kept(row, measured, stack)
+                measured.position = rows[1] if rows is not None else tensor.info.rows
+        merged = function(**{n: v for n, v in {**brought, **self._settings(tensor, function)}.items() if n in needs})
+        merged = _restored(merged, tensor) if matrix else merged
+        if not changes:
+            return merged
+        assert base is not None
+        return base + self._finished(tensor, merged, stack)
+
+    def _finished(self, tensor: TensorPlan, merged: Tensor, changes: Sequence[Tensor]) -> Tensor:
+        return finished(self.plan.recipe.post, tensor.role, tensor.depth, merged, changes)
+
+    def _given(self, tensor: TensorPlan) -> dict[str, Any]:
+        return {**self.plan.rules.settings, **tensor.settings}
+
+    def _settings(self, tensor: TensorPlan, function: Any) -> dict[str, Any]:
+        return {n: v for n, v in tensor.settings.items() if n in _names(function)}
+
+    def _mean(self, tensor: TensorPlan, rows: Rows) -> Tensor:
+        """Running statistics: the mean weighted by the sizes of the weights, whatever the method."""
+        stack, _ = self._stack(tensor, rows, changes=False)
+        sizes = [abs(w) for w in tensor.weight]
+        total = sum(sizes)
+        if not total:
+            sizes, total = [1.0] * len(stack), float(len(stack))
+        merged = stack[0] * (sizes[0] / total)
+        for x, size in zip(stack[1:], sizes[1:], strict=True):
+            merged.add_(x, alpha=size / total)
+        return merged
+
+    def _folded(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
+        """A continual method, folded over the models in order; only one model's change is in memory at a time."""
+        kind = kind_of(self.plan.recipe.method, tensor.settings)
+        role, shape = tensor.role, tensor.info.shape
+        assert tensor.base is not None
+        state: dict[str, Tensor] = {}
+        changes = []
+        for t, (piece, weight) in enumerate(zip(tensor.models, tensor.weight, strict=True), 1):
+            one = replace(tensor, models=(piece,))
+            (d,), base = self._stack(one, rows, changes=True)
+            if self.plan.recipe.post:
+                changes.append(d)
+            state = kind.update(role, shape, state, kind.seen(role, shape, d), weight=weight, t=t)
+        change = kind.finalise(kind.method, role, shape, state, kind.given, sum(tensor.weight))
+        assert base is not None
+        merged = kind.restored(role, shape, change.to(base.dtype))
+        return base + self._finished(tensor, merged, changes)
+
+    # what is measured
+
+    def _measure(self, name: str, tensor: TensorPlan, rows: Rows, function: Any) -> _Measured:
+        start = rows[0] if rows is not None else 0
+        found = self._measured.get(name)
+        if found is None or start != found.position:
+            found = self._measured[name] = self._fresh(name, tensor, function)
+            for part in self.chunks(name) if start else ():
+                if part is None or part[0] >= start:
+                    break
+                stack, _ = self._stack(tensor, (part[0], min(part[1], start)), changes="d" in _names(function))
+                if found.ranks is not None:
+                    _kept(_joint(self.plan), found, stack)
+            found.position = start
+        return found
+
+    def _fresh(self, name: str, tensor: TensorPlan, function: Any) -> _Measured:
+        needs, row = _names(function), _joint(self.plan)
+        changes, shape = "d" in needs, tensor.info.shape
+        cell = cell_rows(shape)
+        whole = self._locality(tensor) == "tensor" or not shape
+        parts: list[Rows] = [None] if whole else list(chunk_rows(shape, self._chunk_elements))
+
+        def stacks() -> Iterator[list[Tensor]]:
+            return (self._stack(tensor, part, changes=changes)[0] for part in parts)
+
+        measured = _Measured({})
+        asked = self._asked(tensor, needs)
+        if "dots" in asked:
+            measured.brought["dots"] = inner_products(stacks(), cell)
+        if "keep" in asked:
+            measured.ranks = self._ranks(tensor, parts, row, changes)
+        if "energy" in asked:
+            squares = (kept for _, kept in self._kept_parts(name, tensor, parts, row, measured))
+            measured.brought["energy"] = sums(squares, cell, lambda x: x.double().square())
+        if "stretch" in asked:
+            measured.brought["stretch"] = self._stretch(self._kept_parts(name, tensor, parts, row, measured), cell)
+        return measured
+
+    def _asked(self, tensor: TensorPlan, needs: frozenset[str]) -> frozenset[str]:
+        """What must be measured; norms only where the setting `rescale` says that they are used."""
+        rescale = tensor.settings.get("rescale", self.plan.rules.settings.get("rescale"))
+        return needs & {"dots", "keep", "energy", *(("stretch",) if rescale == "l1" else ())}
+
+    def _ranks(self, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, changes: bool) -> list[Ranked | None]:
+        assert row.score is not None
+        assert row.ranks is not None
+        score, numel = row.score, prod(tensor.info.shape)
+        given = self._given(tensor)
+        spans = []
+        for k in range(1 if row.shared else len(tensor.models)):
+            span = row.ranks(numel, {n: (v[k] if isinstance(v, tuple) else v) for n, v in given.items()})
+            assert 0 <= span[0] <= span[1] <= numel
+            spans.append(span)
+
+        def scores() -> Iterator[list[Tensor]]:
+            return ([*score(self._stack(tensor, part, changes=changes)[0])] for part in parts)
+
+        sought = [None if start == stop or (start, stop) == (0, numel) else (start, stop) for start, stop in spans]
+        found = ranked(scores, sought) if any(sought) else [None] * len(spans)
+        return [
+            Ranked(inf, -1.0, 0, 0) if span == (0, numel) and numel else edges
+            for span, edges in zip(spans, found, strict=True)
+        ]
+
+    def _kept_parts(
+        self, name: str, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, measured: _Measured
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Changes, chunk by chunk, whole and with zeros where the method does not keep them."""
+        fresh = _Measured({}, [replace(r) if r is not None else None for r in measured.ranks or []])
+        names = _names(row.mask) if row.mask is not None else frozenset()
+        for part in parts:
+            d, _ = self._stack(tensor, part, changes=True)
+            if row.mask is None:
+                kept = _kept(row, fresh, d)
+            else:
+                brought = {"d": d, "u": self._noise(name, tensor, part), **tensor.settings}
+                kept = [*row.mask(**{n: v for n, v in brought.items() if n in names})]
+            yield d, [x * m for x, m in zip(d, kept * len(d) if row.shared else kept, strict=True)]
+
+    def _stretch(self, parts: Iterator[tuple[list[Tensor], list[Tensor]]], cell: int) -> Tensor:
+        """L1 norm of each change over that of what is kept of it; 1 where nothing is."""
+        both = sums(([*d, *kept] for d, kept in parts), cell, torch.abs)
+        whole, left = both[: len(both) // 2], both[len(both) // 2 :]
+        return torch.tensor([a / b if b else 1.0 for a, b in zip(whole, left, strict=True)], dtype=torch.float64)
+
+    def _noise(self, name: str, tensor: TensorPlan, rows: Rows) -> list[Tensor]:
+        shape = tensor.info.shape
+        row_elements = prod(shape[1:])
+        start, stop = rows if rows is not None else (0, tensor.info.rows)
+        seed = self.plan.recipe.seed
+        part = (stop - start, *shape[1:]) if shape else ()
+        return [
+            uniform(seed, model.ref, name, start * row_elements, stop * row_elements).reshape(part)
+            for model in tensor.models
+        ]
+
+    def _blame(self, name: str, tensor: TensorPlan, rows: Rows) -> None:
+        for piece in (*tensor.models, *([tensor.base] if tensor.base is not None else [])):
+            if not bool(torch.isfinite(self._read(piece, rows)).all()):
+                raise NonFiniteError(f"{name} of {piece.ref} holds NaN or infinity", "leave the model out")
+        raise NonFiniteError(f"the merged {name} is not finite", "the weights or the scale are too large")
+
+
+def _joint(plan: Plan) -> Joint:
+    assert isinstance(plan.rules.method, Joint)
+    return plan.rules.method
+
+
+def _kept(row: Joint, measured: _Measured, stack: Sequence[Tensor]) -> list[Tensor]:
+    assert row.score is not None
+    assert measured.ranks is not None
+    return [
+        torch.zeros_like(score) if ranks is None else ranks.mask(score)
+        for ranks, score in zip(measured.ranks, row.score(stack), strict=True)
+    ]
+
+
+def _seen(x: Tensor, tensor: TensorPlan) -> Tensor:
+    """A tensor as a rule for matrices sees it: (out, in)."""
+    flat = x.flatten(1)
+    return flat.T.contiguous() if tensor.role == "transposed" else flat
+
+
+def _restored(x: Tensor, tensor: TensorPlan) -> Tensor:
+    return (x.T if tensor.role == "transposed" else x).reshape(tensor.info.shape)
+
+
+def _names(function: Any) -> frozenset[str]:
+    return frozenset(signature(function).parameters)

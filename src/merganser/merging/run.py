@@ -1,0 +1,182 @@
+"""Run a plan: every tensor is merged chunk by chunk and written, several tensors at a time; one rename at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merganser.checkpoints import open_source
+from merganser.checkpoints.overlap import local_paths, refuse_overlap
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
+from merganser.errors import ParameterError
+from merganser.merging.companions import write_companions
+from merganser.merging.digested import Digested
+from merganser.merging.merged import CHUNK_ELEMENTS, Merged
+from merganser.merging.plan import Plan, make_plan
+from merganser.merging.recipe import Recipe
+from merganser.merging.vocabulary_rows import unwrapped
+from merganser.numerics import TORCH_DTYPES
+from merganser.types import Source
+from merganser.version import __version__
+
+#: Least memory that a chunk of eight models takes comfortably.
+DEFAULT_MEMORY_BYTES = 400_000_000
+
+
+def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS, digests: bool = True) -> Merged:
+    """Plan recipes that may use each other's outputs; the last one's merge is returned and reads the others as it goes.
+
+    Args:
+        recipes: in an order in which each one stands behind those that it uses.
+        chunk_elements: elements at a time.
+        digests: whether to keep a digest of what is read, for the receipt.
+
+    Raises:
+        MerganserError: Whatever is wrong with a recipe or its models; nothing was written.
+    """
+    stages: dict[str, Source] = {}
+    opened: dict[str, Source] = {}
+    merged: Merged | None = None
+    for recipe in recipes:
+        refs = (*recipe.refs, *recipe.statistics)
+        for ref in refs:
+            if ref not in stages and ref not in opened:
+                opened[ref] = Digested(open_source(ref)) if digests else open_source(ref)
+        sources = {ref: stages[ref] if ref in stages else opened[ref] for ref in refs}
+        merged = Merged(make_plan(recipe, sources), chunk_elements=chunk_elements)
+        if recipe.name is not None:
+            stages[recipe.name] = merged
+    if merged is None:
+        raise ParameterError("there is no recipe to run")
+    return merged
+
+
+def run(
+    merged: Merged,
+    out: Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    threads: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write a planned merge as a checkpoint folder.
+
+    Args:
+        merged: of `plan_recipes`.
+        out: folder to make.
+        shard_bytes: size in bytes at which the next file is begun.
+        threads: tensors at a time.
+        resume: go on with what an interrupted run of the same plan left; leave it again when interrupted.
+        overwrite: replace a folder that is there.
+        progress: called as (bytes done, bytes in all).
+
+    Returns:
+        `out`.
+
+    Raises:
+        MerganserError: If a model cannot be read or merged, or the folder not be written; then nothing is there.
+    """
+    began = time.perf_counter()
+    plan = merged.plan
+    refuse_overlap(out, list(_files(plan)))
+    with CheckpointWriter(
+        out,
+        merged.infos,
+        aliases=merged.aliases,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        resume=_key(merged) if resume else None,
+    ) as writer:
+        jobs = [
+            Job(name, partial(_write, merged, writer, name), job_bytes(merged, name), info.nbytes)
+            for name, info in writer.infos.items()
+            if name not in writer.done
+        ]
+        run_jobs(jobs, threads=usable_threads(threads), progress=progress)
+        companions = write_companions(plan, writer.folder, taken={*writer.files.values()})
+        receipt = {
+            "merganser": __version__,
+            "torch": torch.__version__,
+            "recipe": plan.recipe.text,
+            "method": plan.recipe.method,
+            "dialect": plan.recipe.dialect,
+            "inputs": {ref: _digests(source) for ref, source in _files(plan).items()},
+            "seed": plan.recipe.seed,
+            "wall_s": round(time.perf_counter() - began, 3),
+            "peak_bytes": _peak_rss(),
+            "outputs": writer.digests(),
+        }
+        writer.commit(receipt, companions)
+    return out
+
+
+def _write(merged: Merged, writer: CheckpointWriter, name: str) -> None:
+    for rows in merged.chunks(name):
+        writer.put(name, merged.read(name, rows), rows[0] if rows is not None else 0)
+    merged.forget(name)
+
+
+def job_bytes(merged: Merged, name: str) -> int:
+    """Memory in bytes that merging one tensor takes at most, by its models' number, types and chunks."""
+    tensor = merged.plan.tensors[name]
+    elements = prod(tensor.info.shape)
+    rows = next(iter(merged.chunks(name)))
+    if rows is not None and tensor.info.rows:
+        elements = elements // tensor.info.rows * (rows[1] - rows[0])
+    item = 8 if tensor.info.dtype == "F64" else 4
+    sources = [p for p in (*tensor.models, tensor.base) if p is not None]
+    stored = sum(TORCH_DTYPES[merged.plan.sources[p.ref].infos[p.name].dtype].itemsize for p in sources)
+    return elements * (stored + item * (2 * len(sources) + 6)) + (1 << 20)
+
+
+def _files(plan: Plan) -> dict[str, Source]:
+    """Every source that is read from files, through all stages, by its reference."""
+    found: dict[str, Source] = {}
+    for ref, seen in plan.sources.items():
+        source = unwrapped(seen)
+        found |= _files(source.plan) if isinstance(source, Merged) else {ref: source}
+    return found
+
+
+def _digests(source: Source) -> dict[str, Any]:
+    return {
+        "identity": source.identity,
+        "tensors": source.digests() if isinstance(source, Digested) else {},
+    }
+
+
+def _key(merged: Merged) -> str:
+    """One line that stands for the merge: what every tensor is made of, and the files as they are now."""
+    hashed = hashlib.sha256(__version__.encode())
+    plans = [merged.plan]
+    while plans:
+        plan = plans.pop()
+        recipe = plan.recipe
+        parts: list[object] = [recipe.method, recipe.post, recipe.dialect, recipe.seed, recipe.vocabulary]
+        parts += [(name, tensor) for name, tensor in plan.tensors.items()]
+        parts += [sorted(plan.aliases.items())]
+        hashed.update(repr(parts).encode())
+        plans += [inner.plan for source in plan.sources.values() if isinstance(inner := unwrapped(source), Merged)]
+    for ref in _files(merged.plan):
+        for path in local_paths(ref):
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                status = file.stat()
+                hashed.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return hashed.hexdigest()
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,350 @@
+"""A merge is what its equation says, in any chunks and threads, whole or not there, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from merganser.errors import (
+    DtypeError,
+    ExtraTensorError,
+    MissingTensorError,
+    NonFiniteError,
+    OutputError,
+    ParameterError,
+    ShapeError,
+)
+from merganser.merging.recipe import Input, Recipe, Slice
+from merganser.merging.run import plan_recipes, run
+from merganser.merging.values import Choice, Gradient
+from support import arrays, change, load, make_base, save, save_family, tree, tune
+
+HERE = Path(__file__).parent
+
+
+def recipe(method: str, models: list[Path], base: Path | None = None, **options: Any) -> Recipe:
+    """A recipe over whole models."""
+    inputs = tuple(Input(str(m), settings=options.get("each", {}).get(m.name, {})) for m in models)
+    others = {name: value for name, value in options.items() if name != "each"}
+    return Recipe(method, (Slice(inputs),), Input(str(base)) if base is not None else None, text="test", **others)
+
+
+def merged(
+    out: Path, *recipes: Recipe, chunk_elements: int = 1 << 18, threads: int = 1, **options: Any
+) -> dict[str, Any]:
+    return load(run(plan_recipes(recipes, chunk_elements=chunk_elements), out, threads=threads, **options))
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> list[Path]:
+    return save_family(tmp_path / "models", 3)
+
+
+def test_linear_is_the_weighted_mean_of_a_float64_loop(family: list[Path], tmp_path: Path) -> None:
+    weights = {"expert-01": 0.5, "expert-02": 0.25, "expert-03": 2.0}
+    found = merged(tmp_path / "out", recipe("linear", family[1:], each={n: {"weight": w} for n, w in weights.items()}))
+    models = [load(f) for f in family[1:]]
+    for name, x in arrays(found).items():
+        sizes = list(weights.values())
+        expected = sum(w * arrays(m)[name] for w, m in zip(sizes, models, strict=True)) / sum(sizes)
+        ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(found[name].dtype, 1e-6)
+        np.testing.assert_allclose(x, expected, rtol=ulp, atol=1e-7, err_msg=name)
+    assert torch.equal(found["position_ids"], models[0]["position_ids"])
+    assert found.keys() == models[0].keys()
+
+
+def test_output_keeps_the_types_of_the_models_and_the_files_beside_them(tmp_path: Path) -> None:
+    base = make_base()
+    config = {"model_type": "bert", "num_hidden_layers": 2, "torch_dtype": "float32"}
+    folders = [save(tune(base, i), tmp_path / f"m{i}", config) for i in range(2)]
+    found = merged(tmp_path / "out", recipe("linear", folders))
+    assert {n: x.dtype for n, x in found.items()} == {n: x.dtype for n, x in base.items()}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+    found = merged(tmp_path / "half", recipe("linear", folders, dtype="BF16"))
+    assert {x.dtype for x in found.values() if x.is_floating_point()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "mean", "gram"])
+def test_same_bits_in_any_chunks_and_threads_and_processes(method: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    base = {"a.weight": torch.randn(300, 700, generator=generator), "b.bias": torch.randn(200_000, generator=generator)}
+    folders = [save(m, tmp_path / f"m{i}") for i, m in enumerate([base, *(tune(base, s) for s in (1, 2))])]
+    settings = {"density": 0.3} if method in ("ties", "dare_linear") else {}
+    one = recipe(method, folders[1:], folders[0], settings=settings)
+    whole = merged(tmp_path / "whole", one, chunk_elements=1 << 30)
+    for number, (elements, threads) in enumerate([(1, 1), (1 << 17, 3), (1 << 16, 2)]):
+        found = merged(tmp_path / f"out{number}", one, chunk_elements=elements, threads=threads)
+        assert all(torch.equal(found[n].view(torch.int32), whole[n].view(torch.int32)) for n in whole), elements
+
+
+def test_ties_is_that_of_a_float64_loop(family: list[Path], tmp_path: Path) -> None:
+    found = merged(tmp_path / "out", recipe("ties", family[1:], family[0], settings={"density": 0.4, "scale": 0.7}))
+    base, models = load(family[0]), [load(f) for f in family[1:]]
+    for name in ("wide.weight", "embed_tokens.weight", "conv.weight", "norm.weight", "scale", "f64.weight"):
+        deltas = [change(m, base)[name].reshape(-1) for m in models]
+        kept = []
+        for d in deltas:
+            k = max(1, round(0.4 * d.size))
+            order = sorted(range(d.size), key=lambda i, d=d: (-abs(np.float32(d[i])), i))[:k]
+            kept.append(np.array([d[i] if i in order else 0.0 for i in range(d.size)]))
+        merged_change = np.zeros_like(deltas[0])
+        for i in range(deltas[0].size):
+            vote = sum(d[i] for d in kept)
+            agreeing = [d[i] for d in kept if d[i] * vote > 0]
+            merged_change[i] = 0.7 * sum(agreeing) / len(agreeing) if agreeing else 0.0
+        expected = arrays(base)[name] + merged_change.reshape(base[name].shape)
+        np.testing.assert_allclose(arrays(found)[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_statistics_are_averaged_and_counters_are_the_base_s_whatever_the_method(
+    family: list[Path], tmp_path: Path
+) -> None:
+    found = merged(tmp_path / "out", recipe("task_arithmetic", family[1:], family[0], settings={"scale": 5.0}))
+    models = [load(f) for f in family[1:]]
+    for name in ("bn.running_mean", "bn.running_var"):
+        expected = np.mean([arrays(m)[name] for m in models], axis=0)
+        np.testing.assert_allclose(found[name].double().numpy(), expected, rtol=1e-6)
+    assert torch.equal(found["bn.num_batches_tracked"], load(family[0])["bn.num_batches_tracked"])
+
+
+@pytest.mark.parametrize("method", ["mean", "gram", "iso_c", "tsv_m", "opcm"])
+def test_continual_method_in_a_recipe_is_its_fold(method: str, tmp_path: Path) -> None:
+    from merganser.continual import Fold
+
+    family = save_family(tmp_path / "models", 3, names=("large.weight", "norm.weight", "conv.weight"))
+    fold = Fold.init(family[0], tmp_path / "state", method, threads=1)
+    fold.add_all(family[1:], threads=1)
+    expected = load(fold.export(tmp_path / "folded"))
+    found = merged(tmp_path / "out", recipe(method, family[1:], family[0]))
+    if method == "opcm":  # its export has one more factor on the whole, which a recipe leaves out
+        base = load(family[0])
+        ratios = [(found[n] - base[n]).norm() / (expected[n] - base[n]).norm() for n in base]
+        expected = {n: base[n] + (expected[n] - base[n]) * ratios[0] for n in base}
+    for name in expected:
+        np.testing.assert_allclose(found[name].numpy(), expected[name].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def layered(layers: int, seed: int) -> dict[str, torch.Tensor]:
+    """A small model with numbered layers."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in ("attn", "mlp")]
+    return {name: torch.randn(4, 3, generator=generator) for name in names}
+
+
+def test_gradient_runs_over_the_layers_and_is_at_its_start_outside_them(tmp_path: Path) -> None:
+    models = [layered(5, seed) for seed in (1, 2)]
+    folders = [save(m, tmp_path / f"m{i}") for i, m in enumerate(models)]
+    weight = Choice((("mlp", Gradient((0.0, 1.0))), ("*", Gradient((0.0, 1.0, 0.5)))))
+    one = recipe(
+        "linear", folders, each={"m0": {"weight": 1.0}, "m1": {"weight": weight}}, settings={"normalize": False}
+    )
+    found = merged(tmp_path / "out", one)
+    for name, x in found.items():
+        if ".layers." in name:
+            t = int(name.split(".")[2]) / 4
+            share = t if "mlp" in name else (2 * t if t <= 0.5 else 1.5 - t)
+        else:
+            share = 0.0
+        expected = models[0][name].double() + share * models[1][name].double()
+        np.testing.assert_allclose(x.double().numpy(), expected.numpy(), rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_slices_stack_layers_and_the_last_one_gives_the_head(tmp_path: Path) -> None:
+    models = [layered(4, seed) for seed in (1, 2)]
+    config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"], "max_window_layers": 4}
+    folders = [save(m, tmp_path / f"m{i}", config) for i, m in enumerate(models)]
+
+    def part(i: int, lo: int, hi: int) -> Slice:
+        return Slice((Input(str(folders[i]), (lo, hi)),))
+
+    one = Recipe("passthrough", (part(0, 0, 3), part(1, 1, 4), part(0, 4, 4)), text="")
+    found = merged(tmp_path / "out", one)
+    sources = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3)]
+    for out, (model, layer) in enumerate(sources):
+        for rest in ("attn", "mlp"):
+            expected = models[model][f"model.layers.{layer}.{rest}.weight"]
+            assert torch.equal(found[f"model.layers.{out}.{rest}.weight"], expected)
+    assert len(found) == 15
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(found[name], models[0][name])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_hidden_layers"] == 6
+    assert written["layer_types"] == ["a", "b", "c", "b", "c", "d"]
+
+
+def test_merge_of_a_merge_needs_no_disk_between(family: list[Path], tmp_path: Path) -> None:
+    first = recipe("linear", family[1:3], name="half", dtype="F32")
+    second = recipe("ties", [Path("half"), family[3]], family[0], settings={"density": 0.5})
+    found = merged(tmp_path / "out", first, second, chunk_elements=1)
+    merged(tmp_path / "half", first)
+    apart = recipe("ties", [tmp_path / "half", family[3]], family[0], settings={"density": 0.5})
+    expected = merged(tmp_path / "apart", apart)
+    assert {n: x.dtype for n, x in found.items()} == {n: x.dtype for n, x in expected.items()}
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    receipt = json.loads((tmp_path / "out" / "merganser.json").read_text())
+    assert set(receipt["inputs"]) == {str(f) for f in family}
+
+
+def tied(model: Mapping[str, torch.Tensor], folder: Path) -> Path:
+    """A folder whose lm_head is tied to the embeddings."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    kept = {n: x for n, x in model.items() if n != "lm_head.weight"}
+    metadata = {"format": "pt", "lm_head.weight": "model.embed_tokens.weight"}
+    save_file(kept, folder / "model.safetensors", metadata=metadata)
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    return folder
+
+
+def test_tied_embeddings_stay_tied_and_one_untied_model_unties_them(tmp_path: Path) -> None:
+    one, two = layered(1, 1), layered(1, 2)
+    folders = [tied(one, tmp_path / "one"), tied(two, tmp_path / "two")]
+    found = merged(tmp_path / "both", recipe("linear", folders))
+    assert "lm_head.weight" not in found
+    assert json.loads((tmp_path / "both" / "config.json").read_text())["tie_word_embeddings"] is True
+    free = save(two, tmp_path / "free")
+    found = merged(tmp_path / "mixed", recipe("linear", [folders[0], free]))
+    expected = (one["model.embed_tokens.weight"] + two["lm_head.weight"]) / 2
+    torch.testing.assert_close(found["lm_head.weight"], expected)
+    assert json.loads((tmp_path / "mixed" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_noise_follows_the_model_and_not_its_place(family: list[Path], tmp_path: Path) -> None:
+    settings = {"density": 0.5}
+    first = merged(tmp_path / "a", recipe("dare_linear", [family[1], family[2]], family[0], settings=settings))
+    second = merged(tmp_path / "b", recipe("dare_linear", [family[2], family[1]], family[0], settings=settings))
+    other = merged(tmp_path / "c", recipe("dare_linear", family[1:3], family[0], settings=settings, seed=1))
+    for name in ("large.weight", "norm.weight"):
+        torch.testing.assert_close(first[name], second[name], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(first["large.weight"], other["large.weight"])
+
+
+# refusals: nothing is written
+
+
+def refused(kind: type[Exception], out: Path, *recipes: Recipe) -> str:
+    with pytest.raises(kind) as caught:
+        merged(out, *recipes)
+    assert not out.exists()
+    assert not [p for p in out.parent.iterdir() if "partial" in p.name]
+    return str(caught.value)
+
+
+def test_models_that_do_not_fit_are_refused_by_name(family: list[Path], tmp_path: Path) -> None:
+    base = load(family[0])
+    fewer = save({n: x for n, x in base.items() if n != "wide.bias"}, tmp_path / "fewer")
+    more = save(base | {"extra": torch.ones(2)}, tmp_path / "more")
+    other = save(base | {"wide.bias": torch.ones(7)}, tmp_path / "other")
+    whole = save(base | {"wide.bias": torch.ones(6, dtype=torch.int64)}, tmp_path / "whole")
+    ids = save(base | {"position_ids": torch.ones(1, 8, dtype=torch.int64)}, tmp_path / "ids")
+    out = tmp_path / "out"
+    assert "wide.bias is in" in refused(MissingTensorError, out, recipe("linear", [family[1], fewer]))
+    assert "extra is in" in refused(ExtraTensorError, out, recipe("linear", [family[1], more]))
+    message = refused(ShapeError, out, recipe("linear", [family[1], family[2], other]))
+    assert f"wide.bias has 2 shapes: (6,) in {family[1]}, {family[2]}; (7,) in {other}" in message
+    assert "wide.bias is F32, I64" in refused(DtypeError, out, recipe("linear", [family[1], whole]))
+    assert "position_ids holds integers that differ" in refused(DtypeError, out, recipe("linear", [family[1], ids]))
+    found = merged(out, recipe("linear", [family[1], more], keep=("extra",)))
+    assert "extra" not in found
+
+
+def test_nan_is_named_and_overflow_too(family: list[Path], tmp_path: Path) -> None:
+    model = load(family[1])
+    model["large.weight"][3, 4] = float("nan")
+    bad = save(model, tmp_path / "bad")
+    message = refused(NonFiniteError, tmp_path / "out", recipe("linear", [family[2], bad]))
+    assert f"large.weight of {bad} holds NaN" in message
+    huge = recipe("task_arithmetic", family[1:], family[0], settings={"scale": 1e30}, dtype="F16")
+    assert "overflows F16" in refused(NonFiniteError, tmp_path / "out", huge)
+
+
+def test_output_inside_an_input_is_refused(family: list[Path]) -> None:
+    with pytest.raises(OutputError, match="lies within what is read"):
+        merged(family[1] / "out", recipe("linear", family[1:3]))
+    assert not (family[1] / "out").exists()
+
+
+def test_layer_ranges_beyond_the_model_are_refused(tmp_path: Path) -> None:
+    folder = save(layered(3, 1), tmp_path / "m")
+    one = Recipe("passthrough", (Slice((Input(str(folder), (1, 4)),)),), text="")
+    assert "has 3 layers" in refused(ParameterError, tmp_path / "out", one)
+
+
+# kill -9
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    """A merge that was killed before each of its touches of the disk in turn; folders merge-1, merge-2, ..."""
+    root = tmp_path_factory.mktemp("killed")
+    family = save_family(root / "models", 2, names=("wide.weight", "norm.weight", "large.weight", "position_ids"))
+    template = root / "template"
+    template.mkdir()
+    text = f"method: dare_ties\nbase: {family[0]}\nmodels: [{family[1]}, {family[2]}]\nsettings: {{density: 0.5}}\n"
+    (root / "recipe.yaml").write_text(text)
+    argv = ["merge", str(root / "recipe.yaml"), "{}/out", "--resume", "--threads", "1"]
+    plan = {"merge": {"template": str(template), "argv": argv}}
+    (root / "plan.json").write_text(json.dumps(plan))
+    done = subprocess.run(
+        [sys.executable, str(HERE.parent / "continual" / "dying.py"), "SIGKILL", str(root / "plan.json")],
+        env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return root, json.loads(done.stdout)["merge"]
+
+
+def test_killed_merge_leaves_nothing_or_the_whole_and_goes_on_to_the_same_bits(
+    killed: tuple[Path, list[list[int]]], tmp_path: Path
+) -> None:
+    from merganser.merging.native import read_recipes
+
+    root, outcomes = killed
+    assert [status for status, _ in outcomes] == [-signal.SIGKILL] * (len(outcomes) - 1) + [0]
+    assert len(outcomes) > 6
+    recipes, _ = read_recipes(root / "recipe.yaml")
+    expected = tree(root / f"merge-{len(outcomes)}" / "out")
+    resumed = 0
+    for number in range(1, len(outcomes)):
+        folder = Path(shutil.copytree(root / f"merge-{number}", tmp_path / str(number)))
+        if not (folder / "out").exists():
+            journals = list(folder.glob(".out.partial-*/.journal"))
+            finished = sum(len(j.read_text().splitlines()) - 1 for j in journals)
+            resumed += finished > 0
+            run(plan_recipes(recipes), folder / "out", threads=1, resume=True)
+        found = tree(folder / "out")
+        assert {n: d for n, d in found.items() if n != "merganser.json"} == {
+            n: d for n, d in expected.items() if n != "merganser.json"
+        }
+        assert sorted(p.name for p in folder.iterdir()) == ["out"]
+        receipts = [json.loads((f / "out" / "merganser.json").read_text()) for f in (folder, tmp_path / "1")]
+        assert receipts[0]["outputs"] == receipts[1]["outputs"]
+    assert resumed > 1
+
+
+def test_another_recipe_does_not_go_on_with_what_is_left(killed: tuple[Path, list[list[int]]], tmp_path: Path) -> None:
+    root, outcomes = killed
+    family = sorted((root / "models").iterdir())
+    left = tmp_path / "left"
+    expected = merged(tmp_path / "fresh", recipe("linear", family))
+    source = next(p for n in range(len(outcomes) - 1, 0, -1) for p in (root / f"merge-{n}").glob(".out.partial-*"))
+    left.mkdir()
+    shutil.copytree(source, left / source.name)
+    found = merged(left / "out", recipe("linear", family), resume=True)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    assert sorted(p.name for p in left.iterdir()) == ["out"]

@@ -15,7 +15,7 @@ import merganser
 from merganser import errors
 from merganser.version import __version__
 
-PUBLIC = ["Fold", "MerganserError", "__version__", "open_source"]
+PUBLIC = ["Fold", "MerganserError", "__version__", "merge", "open_source"]
 
 
 def test_the_public_names_are_exactly_the_documented_ones_and_all_are_there() -> None:
@@ -24,8 +24,10 @@ def test_the_public_names_are_exactly_the_documented_ones_and_all_are_there() ->
         assert getattr(merganser, name) is not None
     from merganser.checkpoints import open_source
     from merganser.continual import Fold
+    from merganser.merging.run import merge
 
     assert merganser.Fold is Fold
+    assert merganser.merge is merge
     assert merganser.open_source is open_source
     assert merganser.MerganserError is errors.MerganserError
 

@@ -15,10 +15,15 @@ from merganser.version import __version__
 if TYPE_CHECKING:
     from merganser.checkpoints import open_source
     from merganser.continual import Fold
+    from merganser.merging.run import merge
 
-__all__ = ["Fold", "MerganserError", "__version__", "open_source"]
+__all__ = ["Fold", "MerganserError", "__version__", "merge", "open_source"]
 
-_HOMES = {"Fold": "merganser.continual", "open_source": "merganser.checkpoints"}
+_HOMES = {
+    "Fold": "merganser.continual",
+    "merge": "merganser.merging.run",
+    "open_source": "merganser.checkpoints",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,8 @@ import typer
 import merganser
 from merganser.cli import app
 from merganser.methods import METHODS
+from merganser.methods.joint import MERGES
+from merganser.methods.joint.posts import POSTS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -109,7 +111,7 @@ def test_a_usage_error_exits_with_2_and_says_how_to_use_it(run: Run, words: tupl
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", dict.fromkeys((*METHODS, *MERGES, *POSTS)))
 def test_methods_explains_every_method_by_equation_settings_and_source(run: Run, name: str) -> None:
     code, out, err = run("methods", name)
     assert (code, err) == (0, "")
@@ -131,8 +133,8 @@ def test_methods_prints_a_row_of_the_table_for_every_method_in_its_order(run: Ru
     assert (code, err) == (0, "")
     header, *rows = [line.split() for line in out.splitlines() if line.strip()]
     assert header == ["method", "kind", "remove", "settings", "source"]
-    assert [row[0] for row in rows] == list(METHODS)
-    by_name = {row[0]: row for row in rows}
+    assert [row[0] for row in rows] == [*METHODS, *MERGES, *POSTS]
+    by_name = {row[0]: row for row in rows[: len(METHODS)]}
     assert by_name["opcm"][1:3] == ["sequential", "no"]
     assert by_name["gram"][1:4] == ["sums", "yes", "eps=0.01"]
 

@@ -22,6 +22,7 @@ from merganser.errors import ParameterError
 from merganser.merging.companions import write_companions
 from merganser.merging.digested import Digested
 from merganser.merging.merged import CHUNK_ELEMENTS, Merged
+from merganser.merging.native import read_recipes
 from merganser.merging.plan import Plan, make_plan
 from merganser.merging.recipe import Recipe
 from merganser.merging.vocabulary_rows import unwrapped
@@ -31,6 +32,25 @@ from merganser.version import __version__
 
 #: Least memory that a chunk of eight models takes comfortably.
 DEFAULT_MEMORY_BYTES = 400_000_000
+
+
+def merge(recipe: str | Path, out: str | Path, *, lenient: bool = False, **options: Any) -> Path:
+    """Merge several models into one, as a recipe says.
+
+    Args:
+        recipe: a YAML file, in our language or in mergekit's.
+        out: folder to make.
+        lenient: do not refuse keys that mergekit ignores.
+        options: of `run`: shard_bytes, threads, resume, overwrite, progress.
+
+    Returns:
+        `out`.
+
+    Raises:
+        MerganserError: Whatever is wrong with the recipe or its models; then nothing is there.
+    """
+    recipes, _ = read_recipes(Path(recipe), lenient=lenient)
+    return run(plan_recipes(recipes), Path(out), **options)
 
 
 def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS, digests: bool = True) -> Merged:

@@ -7,7 +7,7 @@ method's settings, with the function's own defaults, and the function checks the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -38,6 +38,7 @@ __all__ = [
     "Sums",
     "call",
     "describe",
+    "described",
     "find_method",
     "gram_terms",
     "mean",
@@ -135,15 +136,20 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, *, more: Sequence[str] = ()) -> Method:
     """The method of that name.
+
+    Args:
+        name: in the table.
+        more: names of other tables, which may be the nearest where there is none.
 
     Raises:
         ParameterError: If there is none; names the nearest.
     """
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METHODS)}"
+        known = list(dict.fromkeys((*METHODS, *more)))
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ParameterError(f"there is no method {name!r}", hint)
     return METHODS[name]
 
@@ -161,7 +167,11 @@ def describe(name: str) -> str:
     Raises:
         ParameterError: If there is no such method.
     """
-    function = find_method(name).function
+    return described(find_method(name).function)
+
+
+def described(function: Rule) -> str:
+    """Title, equation and source of a method by its function, and what its settings mean."""
     module = inspect.getdoc(inspect.getmodule(function)) or ""
     return f"{module}\n\n{function.__name__}{inspect.signature(function)}\n\n{inspect.getdoc(function)}"
 

@@ -1,9 +1,11 @@
 # Two commands set everything up: `make demo` runs the main job, `make test` the gate. Both may be repeated.
+# `make test-peer` merges with the real mergekit too, in an environment of its own, and compares.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEER_VENV := .venv-peer
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test test-peer docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +23,14 @@ test: $(VENV)/.installed
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/pytest -n auto
 
+$(PEER_VENV)/.installed: constraints.txt
+	test -x $(PEER_VENV)/bin/python || $(PYTHON) -m venv $(PEER_VENV)
+	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 mergekit==0.1.5
+	touch $@
+
+test-peer: $(VENV)/.installed $(PEER_VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/peer
+
 docs: $(VENV)/.installed
 	$(BIN)/python docs/generate.py
 
@@ -28,4 +38,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/fold.py
 
 clean:
-	rm -rf $(VENV) demo/work demo/report.html
+	rm -rf $(VENV) $(PEER_VENV) demo/work demo/report.html

@@ -55,7 +55,7 @@ def accuracy_curve_png(
     longest = max(len(values) for values in curves.values())
     names = [*curves, *references]
     width, height, left, right = 6.2, 4.0, 0.62, 0.25 + 0.08 * max(len(f"{name} 99.9") for name in names)
-    figure = _figure(width, height)
+    figure = blank_figure(width, height)
     axes = figure.add_axes((left / width, 0.13, max(width - left - right, 2.0) / width, 0.83))
     labels: list[tuple[float, str, str]] = []
     for name, value in references.items():
@@ -69,9 +69,9 @@ def accuracy_curve_png(
     axes.set_xticks(range(1, longest + 1))
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    _quiet(axes)
+    quiet_axes(axes)
     _name_ends(axes, labels)
-    return _png(figure)
+    return png_of(figure)
 
 
 def line_png(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, y_label: str) -> bytes:
@@ -90,16 +90,16 @@ def line_png(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x
         MerganserError: If matplotlib is not installed.
     """
     _check_curves({name: values for name, (_, values) in curves.items()})
-    figure = _figure(6.2, 4.0)
+    figure = blank_figure(6.2, 4.0)
     axes = figure.add_axes((0.11, 0.13, 0.86, 0.83))
     for (name, (places, values)), color, marker in zip(curves.items(), PALETTE, MARKERS, strict=False):
         axes.plot(places, values, color=color, marker=marker, markersize=5, linewidth=1.8, label=name, clip_on=False)
     axes.set_xlim(0, 1)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    _quiet(axes)
+    quiet_axes(axes)
     axes.legend(frameon=False, labelcolor="linecolor")
-    return _png(figure)
+    return png_of(figure)
 
 
 def matrix_png(
@@ -141,7 +141,7 @@ def matrix_png(
     if not low < high:
         raise ParameterError(f"the colour range {low} to {high} is empty; low must be below high")
     rows, columns = values.shape
-    figure = _figure(1.0 + 0.46 * columns, 0.85 + 0.40 * rows)
+    figure = blank_figure(1.0 + 0.46 * columns, 0.85 + 0.40 * rows)
     axes = figure.add_subplot()
     image = axes.imshow(np.ma.masked_invalid(values), cmap="YlGnBu", vmin=low, vmax=high, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
@@ -168,7 +168,7 @@ def matrix_png(
         axes.set_xlim(-0.5, columns - 0.5)
         axes.set_ylim(rows - 0.5, -0.5)
     figure.tight_layout(pad=0.4)
-    return _png(figure)
+    return png_of(figure)
 
 
 def layers_png(
@@ -194,17 +194,17 @@ def layers_png(
     lengths = {len(line) for line in values.values()}
     if len(lengths) != 1 or 0 in lengths or len(values) > len(PALETTE):
         raise ParameterError(f"layers need 1 to {len(PALETTE)} lines of one length; got lengths {sorted(lengths)}")
-    figure = _figure(6.2, 3.0)
+    figure = blank_figure(6.2, 3.0)
     axes = figure.add_subplot()
     for (name, line), color, marker in zip(values.items(), PALETTE, MARKERS, strict=False):
         steps = range(1, len(line) + 1)
         axes.plot(steps, line, color=color, marker=marker, markersize=4, linewidth=1.4, label=name)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
-    _quiet(axes)
+    quiet_axes(axes)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, 1.2), ncols=len(values))
     figure.tight_layout(pad=0.4)
-    return _png(figure)
+    return png_of(figure)
 
 
 def figure_html(png: bytes, *, alt: str, caption: str = "") -> str:
@@ -274,7 +274,8 @@ def html_page(title: str, sections: Sequence[tuple[str, str]], *, lead: str = ""
     )
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; matplotlib is imported here."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -303,7 +304,7 @@ def _name_ends(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
         axes.annotate(text, (1.03, height), xycoords=("axes fraction", "data"), color=color, va="center", fontsize=10)
 
 
-def _quiet(axes: Axes) -> None:
+def quiet_axes(axes: Axes) -> None:
     """Lines of the values alone: a faint grid, one axis, no ticks."""
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.tick_params(color=RULE, labelcolor=INK, length=0)
@@ -312,7 +313,8 @@ def _quiet(axes: Axes) -> None:
     axes.spines["bottom"].set_color(RULE)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
+    """A figure as PNG."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI)
     return out.getvalue()

@@ -11,8 +11,10 @@ import yaml
 
 from merganser.continual.kinds import check_settings
 from merganser.errors import MerganserError, ParameterError
-from merganser.study.composing import CONF, GROUPS, expanded, merged_plans, names_in, plan_of, zoo_of
+from merganser.study.composing import CONF, GROUPS, Plan, expanded, merged_plans, names_in, plan_of, study_of, zoo_of
+from merganser.study.networks import new_encoder
 from merganser.study.words import MethodNode, Zoo
+from merganser.study.words_apart import KINDS
 
 POOLS = ("modelpool=vision8", "taskpool=vision8")
 
@@ -30,7 +32,11 @@ def test_every_method_composes_with_settings_that_its_method_takes(name: str) ->
     assert node.source
 
 
-@pytest.mark.parametrize("name", shipped("study"))
+def kind_of(name: str) -> str:
+    return yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())["study"].get("kind", "fold")
+
+
+@pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) == "fold"])
 def test_every_study_composes(name: str) -> None:
     content = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())["study"]
     variants = content.get("variants", {})
@@ -40,6 +46,23 @@ def test_every_study_composes(name: str) -> None:
     assert plan.study.name == name
     assert list(plan.study.seeds) == content["seeds"]
     assert list(plan.tasks.tasks) == list(plan.models.models)
+
+
+@pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) != "fold"])
+def test_every_study_of_networks_apart_composes_with_networks_that_can_be_made(name: str) -> None:
+    content = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())["study"]
+    node = study_of([f"study={name}", "zoo_folder=/data/zoo"])
+    assert isinstance(node, KINDS[content["kind"]])
+    assert (node.name, node.zoo, list(node.networks)) == (name, "/data/zoo", list(content["networks"]))
+    assert study_of([f"study={name}"]).zoo == content["zoo"]
+    for network in node.networks.values():
+        new_encoder({**network.network, "width": 3})
+
+
+def test_a_study_of_another_kind_is_a_plan() -> None:
+    found = study_of(["study=vision8", "study.methods=[gram]"])
+    assert isinstance(found, Plan)
+    assert found == plan_of(["study=vision8", "study.methods=[gram]"])
 
 
 def test_a_study_has_its_methods_in_its_order() -> None:
@@ -52,7 +75,7 @@ def test_a_study_has_its_methods_in_its_order() -> None:
 def test_every_pool_belongs_to_a_study(group: str) -> None:
     used = set()
     for path in (CONF / "study").glob("*.yaml"):
-        for override in yaml.safe_load(path.read_text())["defaults"]:
+        for override in yaml.safe_load(path.read_text()).get("defaults", []):
             used |= {value for key, value in override.items() if key == f"override /{group}"}
     assert sorted(used) == shipped(group)
 

@@ -58,7 +58,7 @@ def test_pictures_of_another_size_are_refused_with_both_sizes() -> None:
 
 @pytest.mark.parametrize("network", [{}, {"kind": "mpl"}, {"kind": None}, {"kind": "bert"}])
 def test_an_unknown_kind_is_refused_with_the_known_ones(network: dict[str, Any]) -> None:
-    with pytest.raises(ParameterError, match="it is vit or mlp") as caught:
+    with pytest.raises(ParameterError, match="it is one of vit, mlp, resnet, vgg, perceptron") as caught:
         new_encoder(network)
     assert repr(network.get("kind")) in caught.value.message
 
@@ -100,7 +100,7 @@ def test_a_folder_that_does_not_tell_its_network_is_refused_by_path(tmp_path: Pa
 @pytest.mark.parametrize("content", ["{}", '{"model_type": "llama"}', '{"model_type": 3}'])
 def test_a_network_of_another_type_is_refused_with_those_that_can_run(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ParameterError, match="a study can run merganser-vit, merganser-mlp, BERT-like and CLIP"):
+    with pytest.raises(ParameterError, match=r"a study can run merganser-vit, merganser-mlp, .*BERT-like and CLIP"):
         load_encoder(tmp_path)
 
 

@@ -53,6 +53,7 @@ def loss_line(
     *,
     points: int = 11,
     reset: bool = False,
+    measured: Sequence[Batch] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Line:
     """Judge networks on the line between two.
@@ -63,7 +64,8 @@ def loss_line(
         b: tensors at t = 1; what is not floating stays that of a.
         labelled: inputs and classes, each of shape (examples,).
         points: places, both ends among them; at least 3.
-        reset: measure BatchNorm's statistics anew at every place, the ends included, on the same inputs.
+        reset: measure BatchNorm's statistics anew at every place, the ends included.
+        measured: inputs to measure them on; by default those that are judged.
         progress: called as (places done, places).
 
     Raises:
@@ -80,16 +82,21 @@ def loss_line(
     for done, t in enumerate(places, 1):
         between.load_state_dict({n: torch.lerp(x, b[n].to(x), t) if x.is_floating_point() else x for n, x in a.items()})
         if reset:
-            reset_batch_norm(between, [batch for batch, _ in labelled])
-        found.append(_judged(between, labelled))
+            reset_batch_norm(between, [batch for batch, _ in labelled] if measured is None else measured)
+        found.append(mean_loss(between, labelled))
         if progress is not None:
             progress(done, points)
     items = sum(len(classes) for _, classes in labelled)
     return Line(places, tuple(x for x, _ in found), tuple(100 * x for _, x in found), items)
 
 
-def _judged(network: nn.Module, labelled: Sequence[tuple[Batch, Tensor]]) -> tuple[float, float]:
-    """Mean cross entropy, and share of right answers."""
+def mean_loss(network: nn.Module, labelled: Sequence[tuple[Batch, Tensor]]) -> tuple[float, float]:
+    """Mean cross entropy, and share of right answers.
+
+    Raises:
+        ParameterError: If there is no example, or the network returns no logits.
+        ShapeError: If logits and classes do not fit.
+    """
     loss, right, count = 0.0, 0, 0
     for (args, kwargs), classes in labelled:
         with torch.no_grad():

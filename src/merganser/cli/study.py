@@ -1,8 +1,8 @@
-"""`merganser study`: merge models as they arrive, judge every step, write a report."""
+"""`merganser study`: merge models as they arrive, or networks that started apart, judge them, write a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +15,8 @@ from merganser.cli.zoo import ConfigDir, Data
 if TYPE_CHECKING:
     from merganser.study.composing import Plan
     from merganser.study.judge import Progress
+    from merganser.study.words_apart import HalvesNode, LinesNode
+    from merganser.study.zoo import Bar
 
 
 def study(
@@ -45,23 +47,38 @@ def study(
     A study that was interrupted goes on where it stood. Models that a zoo can train are trained first.
 
     merganser study study=vision8 --data DIR
+    merganser study study=cifar5x5 --data DIR
     merganser study method=opcm method.settings.alpha=0.2 modelpool=text8 taskpool=text8 seed=1 --data DIR
     """
-    from merganser.study.composing import expanded, merged_plans, plan_of
+    from merganser.errors import ParameterError
+    from merganser.study.composing import Plan, expanded, merged_plans, study_of
 
     if zoo is not None:
         words = [*words, f"zoo_folder={zoo}"]
-    plans = merged_plans([plan_of(one, extra=config_dir) for one in (expanded(words) if multirun else [words])])
-    if out is not None and len(plans) > 1:
-        from merganser.errors import ParameterError
-
+    found = [study_of(one, extra=config_dir) for one in (expanded(words) if multirun else [words])]
+    plans = merged_plans([plan for plan in found if isinstance(plan, Plan)])
+    apart = [node for node in found if not isinstance(node, Plan)]
+    if out is not None and len(plans) + len(apart) > 1:
         raise ParameterError(
-            f"--out is one folder, and this is {len(plans)} studies", "sweep over method and seed only"
+            f"--out is one folder, and this is {len(plans) + len(apart)} studies", "sweep over method and seed only"
         )
     for plan in plans:
         _describe(plan, quiet=quiet and not dry_run)
         if not dry_run:
             _run(plan, out or Path("studies") / plan.study.name, data, device, bfloat16, config_dir, quiet)
+    for node in apart:
+        _describe_apart(node, quiet=quiet and not dry_run)
+        if not dry_run:
+            _run_apart(node, out or Path("studies") / node.name, data, device, bfloat16, quiet)
+
+
+def _bar(quiet: bool) -> Bar:
+    @contextmanager
+    def bar(label: str) -> Iterator[Progress | None]:
+        with progress_bar(label, quiet=quiet, unit="steps") as progress:
+            yield progress
+
+    return bar
 
 
 def _run(
@@ -72,22 +89,47 @@ def _run(
     from merganser.study.summary import HEADER, rows
     from merganser.study.zoo import train_needed
 
-    @contextmanager
-    def bar(label: str) -> Iterator[Progress | None]:
-        with progress_bar(label, quiet=quiet, unit="steps") as progress:
-            yield progress
-
+    bar = _bar(quiet)
     train_needed(plan, data=data, device=device, bar=bar, extra=config_dir)
     Study(plan, out, data, device, bfloat16, bar).run()
     summary = write_report(plan, out)
     if not quiet:
-        from rich.table import Table
-
-        table = Table(*HEADER, box=None, pad_edge=False)
-        for line in rows(summary):
-            table.add_row(*line)
-        console().print(table)
+        _print(HEADER, rows(summary))
         console().print(f"{out / 'report.html'}: written")
+
+
+def _run_apart(
+    node: HalvesNode | LinesNode, out: Path, data: Path | None, device: str, bfloat16: bool, quiet: bool
+) -> None:
+    from merganser.errors import ParameterError
+    from merganser.study.apart import Work
+    from merganser.study.apart_page import write_page
+    from merganser.study.halves import Halves
+    from merganser.study.lines import Lines
+    from merganser.study.words_apart import HalvesNode
+
+    work = Work(out, Path(node.zoo), data, device, bfloat16, _bar(quiet))
+    if isinstance(node, HalvesNode):
+        Halves(node, work, lambda: write_page(node, out, draws=False)).run()
+    elif bfloat16:
+        raise ParameterError(f"study {node.name} judges losses, and these in float32", "leave --bfloat16 out")
+    else:
+        Lines(node, work, lambda: write_page(node, out, draws=False)).run()
+    tables = write_page(node, out)
+    if not quiet:
+        for table in tables:
+            console().print(table.title)
+            _print(table.header, table.rows)
+        console().print(f"{out / 'report.md'}: written")
+
+
+def _print(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for line in rows:
+        table.add_row(*line)
+    console().print(table)
 
 
 def _describe(plan: Plan, *, quiet: bool) -> None:
@@ -97,3 +139,8 @@ def _describe(plan: Plan, *, quiet: bool) -> None:
             f"{plan.study.title}: {len(plan.models.models)} models of {plan.models.name}, "
             f"{', '.join(plan.methods)}; orders {orders}; {plan.study.split} split"
         )
+
+
+def _describe_apart(node: HalvesNode | LinesNode, *, quiet: bool) -> None:
+    if not quiet:
+        console().print(f"{node.title}: {', '.join(node.networks)}; {', '.join(node.rules)}")

@@ -14,11 +14,14 @@ from pydantic import ValidationError
 
 from merganser.errors import MerganserError, ParameterError
 from merganser.study.words import MethodNode, ModelPool, Node, StudyNode, TaskPool, Variant, Zoo
+from merganser.study.words_apart import KINDS, HalvesNode, LinesNode
 
 N = TypeVar("N", bound=Node)
 
 CONF = Path(str(files("merganser"))) / "conf"
 GROUPS = ("method", "modelpool", "taskpool", "study", "zoo")
+#: The kind of a study whose experts arrive one by one.
+FOLD = "fold"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,33 @@ def names_in(group: str, extra: Path | None = None) -> list[str]:
     return sorted({p.stem for place in places for p in place.glob("*.yaml")})
 
 
+def study_of(words: Sequence[str], *, extra: Path | None = None) -> Plan | HalvesNode | LinesNode:
+    """The study that overrides mean, of any kind: `kind` of its node says which; by default experts arrive one by one.
+
+    Args:
+        words: overrides of Hydra, without sweeps.
+        extra: a folder of groups of one's own, searched too.
+
+    Raises:
+        ParameterError: As for `plan_of`; and if a word is of a group that a study of that kind has no use for.
+    """
+    content = _compose(words, extra)
+    kind = (content.get("study") or {}).get("kind", FOLD)
+    if kind == FOLD:
+        return _plan(words, content, extra)
+    if kind not in KINDS:
+        near = get_close_matches(str(kind), (FOLD, *KINDS), n=1)
+        known = f"it is one of {', '.join((FOLD, *KINDS))}"
+        raise ParameterError(f"study.kind is {kind!r}", f"did you mean {near[0]}?" if near else known)
+    for word in words:
+        group = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        if group not in ("study", "zoo_folder"):
+            raise ParameterError(f"{word}: a study of {kind} has no use for it", "its own keys are study.KEY")
+    node = _node(KINDS[kind], content, "study")
+    folder = next((w.partition("=")[2] for w in reversed(words) if w.lstrip("+").startswith("zoo_folder=")), None)
+    return node if folder is None else node.model_copy(update={"zoo": folder})
+
+
 def plan_of(words: Sequence[str], *, extra: Path | None = None) -> Plan:
     """The study that overrides such as `study=vision8` or `method=opcm modelpool=... taskpool=... seed=0` mean.
 
@@ -54,7 +84,10 @@ def plan_of(words: Sequence[str], *, extra: Path | None = None) -> Plan:
     Raises:
         ParameterError: If a group, name or key is unknown, a value is of the wrong kind, or pools do not fit.
     """
-    content = _compose(words, extra)
+    return _plan(words, _compose(words, extra), extra)
+
+
+def _plan(words: Sequence[str], content: Mapping[str, Any], extra: Path | None) -> Plan:
     models, tasks = _node(ModelPool, content, "modelpool"), _node(TaskPool, content, "taskpool")
     if lacking := [name for name in models.models if name not in tasks.tasks]:
         raise ParameterError(
@@ -238,8 +271,16 @@ def _node(kind: type[N], content: Mapping[str, Any], group: str) -> N:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, (group, *first["loc"])))
-        nodes: list[type[Node]] = [kind, *Node.__subclasses__()]
+        nodes: list[type[Node]] = [kind, *_below(Node)]
         known = {name for node in nodes for name in node.model_fields}
         near = get_close_matches(str(first["loc"][-1]), known, n=1) if first["loc"] else []
         hint = f"did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else None
         raise ParameterError(f"{place}: {first['msg']} ({first['input']!r})", hint) from error
+
+
+def _below(kind: type[Node]) -> list[type[Node]]:
+    """All kinds of node under one."""
+    found: list[type[Node]] = []
+    for child in kind.__subclasses__():
+        found += [child, *_below(child)]
+    return found

@@ -1,7 +1,7 @@
 """Networks that a study can run: a checkpoint folder becomes an encoder, items go in, embeddings come out.
 
 `config.json` says what a folder holds: `model_type` "merganser-vit" and "merganser-mlp" are the small networks of this
-file; CLIP and BERT-like ones are transformers'. No code that comes with a checkpoint is run.
+file, others of `small_networks`; CLIP and BERT-like ones are transformers'. No code that comes with one is run.
 """
 
 from __future__ import annotations
@@ -54,25 +54,29 @@ class Encoder(nn.Module, ABC):
         """What `config.json` says of it."""
 
 
-class _PixelEncoder(Encoder):
-    """Reads uint8 pictures of one size."""
+class PixelEncoder(Encoder):
+    """Reads uint8 pictures of one size, or a tensor of their pixels."""
 
     image: int
 
     def prepare(self, items: Items) -> list[Any]:
+        """A tensor a picture."""
         if isinstance(items, tuple) or items.shape[1:] != (self.image, self.image, 3):
             seen = "texts" if isinstance(items, tuple) else f"pictures of {items.shape[1]} x {items.shape[2]}"
             raise ParameterError(f"this network reads pictures of {self.image} x {self.image}, and the task has {seen}")
         return list(torch.from_numpy(np.ascontiguousarray(items)))
 
-    def pixels(self, prepared: list[Any]) -> Tensor:
-        """Values in [-1, 1], shape (n, image, image, 3)."""
+    def pixels(self, prepared: list[Any] | Tensor) -> Tensor:
+        """Values in [-1, 1], shape (n, image, image, 3); a tensor is taken to hold them already."""
+        if isinstance(prepared, Tensor):
+            return prepared
         device = next(self.parameters()).device
         x: Tensor = torch.stack(prepared).to(device).float() / 127.5 - 1
         return x
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size that is no whole number of at least 1."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ParameterError(f"{name} is {size!r}; it is a whole number of at least 1")
@@ -97,7 +101,7 @@ class _Block(nn.Module):
         return y
 
 
-class VisionTransformer(_PixelEncoder):
+class VisionTransformer(PixelEncoder):
     """A small ViT with mean pooling and a projection to the prototypes' width.
 
     Args:
@@ -113,7 +117,7 @@ class VisionTransformer(_PixelEncoder):
         self, image: int = 32, patch: int = 8, hidden: int = 192, depth: int = 6, heads: int = 3, width: int = 384
     ) -> None:
         super().__init__()
-        _check_sizes(image=image, patch=patch, hidden=hidden, depth=depth, heads=heads, width=width)
+        check_sizes(image=image, patch=patch, hidden=hidden, depth=depth, heads=heads, width=width)
         if image % patch or hidden % heads:
             raise ParameterError(f"patch {patch} must divide image {image}, and heads {heads} hidden {hidden}")
         self.image, self.patch, self.width = image, patch, width
@@ -124,7 +128,7 @@ class VisionTransformer(_PixelEncoder):
         self.norm = nn.LayerNorm(hidden)
         self.project = nn.Linear(hidden, width)
 
-    def embed(self, prepared: list[Any]) -> Tensor:
+    def embed(self, prepared: list[Any] | Tensor) -> Tensor:
         """Cut into patches, transform, pool, project."""
         x, p = self.pixels(prepared), self.patch
         n, side = len(x), self.image // p
@@ -140,12 +144,12 @@ class VisionTransformer(_PixelEncoder):
         return {"model_type": "merganser-vit", **self._sizes}
 
 
-class ResidualMlp(_PixelEncoder):
+class ResidualMlp(PixelEncoder):
     """A residual MLP over all pixels, for tiny grey pictures: the network of the demo."""
 
     def __init__(self, image: int = 8, hidden: int = 192, depth: int = 3, width: int = 64) -> None:
         super().__init__()
-        _check_sizes(image=image, hidden=hidden, depth=depth, width=width)
+        check_sizes(image=image, hidden=hidden, depth=depth, width=width)
         self.image, self.width = image, width
         self._sizes = {"image": image, "hidden": hidden, "depth": depth, "width": width}
         self.stem = nn.Linear(image * image, hidden)
@@ -155,7 +159,7 @@ class ResidualMlp(_PixelEncoder):
         self.norm = nn.LayerNorm(hidden)
         self.project = nn.Linear(hidden, width)
 
-    def embed(self, prepared: list[Any]) -> Tensor:
+    def embed(self, prepared: list[Any] | Tensor) -> Tensor:
         """Flatten, transform, project."""
         x = self.stem(self.pixels(prepared).mean(-1).flatten(1))
         for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
@@ -238,10 +242,14 @@ class ClipVision(Encoder):
         return content
 
 
-OURS: dict[str, type[VisionTransformer] | type[ResidualMlp]] = {
-    "merganser-vit": VisionTransformer,
-    "merganser-mlp": ResidualMlp,
-}
+OURS: dict[str, type[PixelEncoder]] = {"merganser-vit": VisionTransformer, "merganser-mlp": ResidualMlp}
+
+
+def _ours() -> dict[str, type[PixelEncoder]]:
+    """By `model_type`, those of this file and those that are trained apart."""
+    from merganser.study.small_networks import SMALL
+
+    return {**OURS, **SMALL}
 
 
 def new_encoder(network: Mapping[str, Any]) -> Encoder:
@@ -250,10 +258,11 @@ def new_encoder(network: Mapping[str, Any]) -> Encoder:
     Raises:
         ParameterError: If the kind or a size is unknown.
     """
-    sizes = dict(network)
-    kind = OURS.get(f"merganser-{sizes.pop('kind', None)}")
+    sizes, ours = dict(network), _ours()
+    kind = ours.get(f"merganser-{sizes.pop('kind', None)}")
     if kind is None:
-        raise ParameterError(f"network kind is {network.get('kind')!r}; it is vit or mlp")
+        known = ", ".join(name.removeprefix("merganser-") for name in ours)
+        raise ParameterError(f"network kind is {network.get('kind')!r}; it is one of {known}")
     try:
         return kind(**sizes)
     except TypeError as error:
@@ -279,16 +288,17 @@ def load_encoder(folder: Path, *, expert: Path | None = None) -> Encoder:
         kind = str(config.get("model_type"))
     except (OSError, ValueError, AttributeError) as error:
         raise RefError(f"{path} does not tell which network this is: {error}") from error
-    if kind in OURS:
-        sizes = signature(OURS[kind]).parameters
-        encoder: Encoder = OURS[kind](**{k: v for k, v in config.items() if k in sizes})
+    ours = _ours()
+    if kind in ours:
+        sizes = signature(ours[kind]).parameters
+        encoder: Encoder = ours[kind](**{k: v for k, v in config.items() if k in sizes})
     elif kind.startswith("clip"):
         encoder = ClipVision(folder)
     elif kind in ("bert", "roberta", "mpnet", "distilbert", "electra", "xlm-roberta"):
         encoder = SentenceEncoder(folder)
     else:
         raise ParameterError(
-            f"{folder} is a {kind}; a study can run merganser-vit, merganser-mlp, BERT-like and CLIP vision networks"
+            f"{folder} is a {kind}; a study can run {', '.join(ours)}, BERT-like and CLIP vision networks"
         )
     network = getattr(encoder, "model", encoder)
     wanted = network.state_dict()

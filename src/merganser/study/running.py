@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -24,17 +23,17 @@ from typing import Any
 
 import torch
 
-from merganser.checkpoints.writer import write_json
 from merganser.continual import Fold
 from merganser.continual.kinds import check_settings
 from merganser.continual.ledger import absolute_ref
-from merganser.errors import ParameterError, RefError, StateError
+from merganser.errors import RefError, StateError
 from merganser.methods import Sums, find_method
 from merganser.study.composing import Plan
 from merganser.study.data import load_examples
 from merganser.study.heads import make_head
 from merganser.study.judge import Paper, Progress, Score
 from merganser.study.networks import Encoder, folder_of, load_encoder, resolve
+from merganser.study.records import claim, read_record, write_record
 from merganser.study.words import MethodNode
 from merganser.version import __version__
 
@@ -90,7 +89,6 @@ class Study:
 
     def _claim(self) -> None:
         """Write down what this study is; refuse to mix two."""
-        self.out.mkdir(parents=True, exist_ok=True)
         content = {
             "split": self.plan.study.split,
             "curve_items": self.plan.study.curve_items,
@@ -98,13 +96,7 @@ class Study:
             "tasks": self.plan.tasks.model_dump(mode="json"),
             "bfloat16": self.bfloat16,
         }
-        path = self.out / "study.json"
-        if path.is_file() and (known := _read(path)) != content:
-            changed = [key for key in content if known.get(key) != content[key]]
-            raise StateError(
-                f"{self.out} holds a study with other {', '.join(changed)}", "name another folder with --out"
-            )
-        _write(path, content)
+        claim(self.out, content)
 
     def _read_tasks(self) -> None:
         for name, task in self.plan.tasks.tasks.items():
@@ -114,7 +106,7 @@ class Study:
 
     def _controls(self) -> None:
         path = self.out / "controls.json"
-        found: dict[str, Any] = _read(path) if path.is_file() else {}
+        found: dict[str, Any] = read_record(path) if path.is_file() else {}
         with self.bar("controls") as progress:
             tasks = list(self.papers)
             for i, task in enumerate(tasks):
@@ -123,7 +115,7 @@ class Study:
                     if task not in rows:
                         encoder = load_encoder(folder_of(self.plan.models.base), expert=expert).to(self.device)
                         rows[task] = self._judge(encoder, task).record()
-                        _write(path, found)
+                        write_record(path, found)
                 if progress is not None:
                     progress(i + 1, len(tasks))
 
@@ -151,13 +143,13 @@ class Study:
                     record["state_bytes"] = fold.state_bytes
                     if len(record["rows"]) < t:
                         record["rows"].append(self._row(fold, name, methods[name], order, t))
-                    _write(self._path(name, seed), record)
+                    write_record(self._path(name, seed), record)
                 if progress is not None:
                     progress(t, len(order))
         for name, record in todo.items():
             record["peak_bytes"] = fold.cost_of_next(base=_local(self.plan.models.base)).peak_bytes
             record["wall_s"] = round(sum(row["wall_s"] for row in record["rows"]) + sum(record["add_s"]), 2)
-            _write(self._path(name, seed), record)
+            write_record(self._path(name, seed), record)
         shutil.rmtree(folder)
 
     def _fold(self, folder: Path, methods: Mapping[str, MethodNode], begun: int, order: list[str]) -> Fold:
@@ -191,7 +183,7 @@ class Study:
             count = None if whole else self.plan.study.curve_items
             if whole or count:
                 scores[task] = self._judge(encoder, task, count).record()
-        digests = _read(merged / "merganser.json")["outputs"]
+        digests = read_record(merged / "merganser.json")["outputs"]
         shutil.rmtree(merged)
         return {
             "arrived": order[t - 1],
@@ -209,7 +201,7 @@ class Study:
         if not path.is_file():
             made = {"merganser": __version__, "torch": torch.__version__}
             return {**made, "method": method, "seed": seed, "order": order, "add_s": [], "rows": []}
-        record = _read(path)
+        record = read_record(path)
         if record.get("method") != method:
             raise StateError(f"{path} was measured with other settings", "give the method another name, or remove it")
         return record
@@ -246,21 +238,3 @@ def _local(ref: str) -> str:
 
 def _digest(content: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{path} is damaged: {error}", "remove it; what it held is measured again") from error
-    if not isinstance(content, dict):
-        raise ParameterError(f"{path} holds no record")
-    return content
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a record in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    write_json(beside, content)
-    os.replace(beside, path)

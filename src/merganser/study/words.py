@@ -286,6 +286,7 @@ class StudyNode(Node):
     """What is compared.
 
     Attributes:
+        kind: experts arrive one by one; `words_apart` has the others.
         methods: names in the group `method`, or of variants.
         variants: methods with other settings, by name.
         seeds: orders of arrival: `random.Random(seed).shuffle` of the pool's order, as in the published protocol, whose
@@ -293,6 +294,7 @@ class StudyNode(Node):
         curve_items: test items a task for the curve; the diagonal and the last row of R use all of them.
     """
 
+    kind: Literal["fold"] = "fold"
     name: str
     title: str
     methods: Annotated[tuple[str, ...], Field(min_length=1)]

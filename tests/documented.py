@@ -74,3 +74,9 @@ def console_blocks(page: Path) -> list[tuple[str, str]]:
             if command.startswith("merganser "):
                 shown.append((command, output))
     return shown
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Write every YAML block of a page whose first line is a comment with a file's name."""
+    for name, content in re.findall(r"```yaml\n# ([\w.-]+\.ya?ml)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+        (folder / name).write_text(content, "utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from documented import console_blocks, make_models
+from documented import console_blocks, make_models, write_files
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
@@ -15,6 +15,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_of_a_page_print_what_it_shows(page: Path, tmp_path: Path) -> None:
     make_models(tmp_path)
+    write_files(page, tmp_path)
     shown = console_blocks(page)
     assert shown, "a page without a command teaches nothing"
     for command, expected in shown:

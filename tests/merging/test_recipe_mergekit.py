@@ -728,5 +728,10 @@ def test_a_method_of_ours_may_stand_in_its_language(tmp_path: Path) -> None:
         """,
     )
     assert recipe.method == "tsv_m"
-    assert recipe.settings == {"alpha": 0.9}
+    assert recipe.settings == {"alpha": 0.9, "weight": 1.0}
     assert weights(recipe) == [None, 0.5]
+
+
+def test_models_weigh_the_same_where_mergekit_knows_no_weight(tmp_path: Path) -> None:
+    recipe = read_one(tmp_path, "merge_method: karcher\nmodels: [{model: a}, {model: b}]")
+    assert recipe.settings["weight"] == 1.0

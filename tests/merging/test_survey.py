@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merganser.merging.survey import cell_rows, chunk_rows, inner_products, ranked, sums
-from merganser.noise import BLOCK, uniform
+from merganser.merging.ranking import ranked
+from merganser.merging.survey import cell_rows, chunk_rows, inner_products, sums
+from merganser.noise import uniform
 
 FEW = st.sampled_from([0.0, -0.0, 1e-40, 0.5, 0.5000001, 1.0, 3.0, 1e30])
 SCORES = st.lists(FEW | st.floats(0, 100, width=32), min_size=1, max_size=60)
@@ -35,20 +36,37 @@ def test_ranks_are_those_of_a_plain_sort_in_any_chunks(
     stop = data.draw(st.integers(start + 1, len(scores)))
     cut = data.draw(st.integers(1, len(scores)))
     parts = x.split(cut)
-    (found,) = ranked(lambda: ([p] for p in parts), [(start, stop)])
+    chosen = data.draw(st.lists(st.sampled_from(scores), max_size=12) | st.none())
+    sample = None if chosen is None else [torch.tensor(chosen, dtype=dtype)]
+    (found,) = ranked(lambda: ([p] for p in parts), [(start, stop)], len(scores), sample)
     assert found is not None
     kept = torch.cat([found.mask(p) for p in parts]).bool().tolist()
     assert kept == expected_ranks(x.tolist(), start, stop)
 
 
-def test_ranks_of_several_tensors_are_found_together() -> None:
+@pytest.mark.parametrize("kind", ["none", "good", "misleading", "of one score"])
+def test_ranks_of_several_tensors_are_found_together(kind: str) -> None:
     a, b, c = (torch.rand(1000, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    found = ranked(lambda: [[a, b, c]], [(0, 10), None, (500, 900)])
+    samples = {"good": [x[::3] for x in (a, b, c)], "misleading": [x[:200] / 9 for x in (a, b, c)]}
+    samples["of one score"] = [torch.full((50,), 0.5)] * 3
+    sample = samples.get(kind)
+    found = ranked(lambda: [[a, b, c]], [(0, 10), None, (500, 900)], 1000, sample)
     assert found[1] is None
     assert found[0] is not None
     assert found[2] is not None
     assert found[0].mask(a).bool().tolist() == expected_ranks(a.tolist(), 0, 10)
     assert found[2].mask(c).bool().tolist() == expected_ranks(c.tolist(), 500, 900)
+
+
+def test_ranks_among_many_equals_are_those_of_a_plain_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for values in ([1.0], [0.0, 1.0], [0.25, 0.5, 0.5, 0.5, 2.0]):
+        x = torch.tensor(values)[torch.randint(len(values), (70_000,), generator=generator)]
+        for start, stop in ((0, 7), (0, 35_000), (100, 69_000), (10_000, 10_001)):
+            (found,) = ranked(lambda x=x: ([p] for p in x.split(9_999)), [(start, stop)], x.numel(), [x[::50]])
+            assert found is not None
+            kept = torch.cat([found.mask(p) for p in x.split(9_999)]).bool().tolist()
+            assert kept == expected_ranks(x.tolist(), start, stop)
 
 
 def cells(x: Tensor, elements: int) -> list[list[Tensor]]:
@@ -87,11 +105,11 @@ def test_chunks_tile_the_rows_by_whole_cells(rows: int, columns: int, elements: 
     assert all(start % cell_rows((rows, columns)) == 0 for start, _ in parts)
 
 
-@given(st.integers(0, 3 * BLOCK), st.integers(0, 3 * BLOCK))
+@given(st.integers(0, 200_000), st.integers(0, 200_000))
 @settings(max_examples=30, deadline=None)
 def test_noise_of_a_place_is_the_same_whatever_else_is_drawn(a: int, b: int) -> None:
     low, high = sorted((a, b))
-    whole = uniform(7, "model", "tensor", 0, 3 * BLOCK)
+    whole = uniform(7, "model", "tensor", 0, 200_000)
     assert torch.equal(uniform(7, "model", "tensor", low, high), whole[low:high])
 
 

@@ -76,7 +76,7 @@ def check_method(recipe: Recipe, words: Words | None = None) -> list[str]:
     if recipe.method not in names:
         return [f"{words.method}: {short(recipe.method)} is {unknown(recipe.method, names)}"]
     check = _Check(recipe, rules_of(recipe.method), words)
-    return [*check.bases(), *check.models(), *check.settings(), *check_posts(recipe.post)]
+    return [*check.bases(), *check.models(), *check.settings(), *check.adapters(), *check_posts(recipe.post)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class _Check:
 
     def bases(self) -> Iterable[str]:
         recipe, name = self.recipe, self.rules.name
+        if recipe.adapter is not None:  # adapters are changes already; a base is where they belong, no more
+            return
         use = base_use(self.rules)
         if use == "none":
             if recipe.base is not None and recipe.dialect == "paper":
@@ -108,6 +110,9 @@ class _Check:
     def models(self) -> Iterable[str]:
         least, most = self.rules.models
         beside = "" if base_use(self.rules) == "none" else " beside the base"
+        if self.recipe.adapter is not None:
+            beside, first = "", int(self.rules.base_is_model)  # of the base it needs, one adapter takes the place
+            least, most = least + first, most if most is None else most + first
         wanted = _count(least, most)
         for one in self.recipe.slices:
             count = len(one.inputs)
@@ -131,6 +136,26 @@ class _Check:
         for name, settings in self.recipe.post:
             for setting, value in settings.items():
                 yield from _finite(f"post.{name}.{setting}", value)
+
+    def adapters(self) -> Iterable[str]:
+        """What a merge of adapters cannot have."""
+        recipe = self.recipe
+        if recipe.adapter is None:
+            return
+        if self.rules.measured:
+            yield f"{self.words.method}: {self.rules.name} needs statistics of whole models, and adapters have none"
+        if recipe.vocabulary is not None:
+            yield "vocabulary: belongs to whole models; adapters share that of their base"
+        if recipe.chat_template is not None:
+            yield "chat_template: belongs to whole models; adapters share that of their base"
+        if recipe.slices and not _is_whole(recipe):
+            yield "slices: belong to whole models; list the adapters under models"
+        for one in recipe.slices:
+            if self.rules.base_is_model and len({model.ref for model in one.inputs}) < len(one.inputs):
+                yield f"{self.place_of_slice(one) or 'models'}: the same adapter twice; {self.rules.name} needs two"
+            for i, model in enumerate(one.inputs):
+                if model.statistics is not None and not self.rules.measured:
+                    yield f"{self.place_of_input(one, i)}.statistics: belongs to whole models; adapters have none"
 
     def level(self, place: str, settings: Settings, known: list[str]) -> Iterable[str]:
         for setting, value in settings.items():

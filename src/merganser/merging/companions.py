@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints.writer import write_json
+from merganser.merging.config_depth import deepen
 from merganser.merging.layers import depths, place_of
 from merganser.merging.plan import Plan
 from merganser.merging.tokenizer_json import is_tokenizer_file
@@ -17,8 +18,8 @@ from merganser.types import FLOAT_DTYPES
 CARD_NAME = "README.md"
 _CONFIG, _GENERATION, _TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
 _TYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-#: What the number of layers is called in the configs of transformers' and diffusers' models.
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+#: A file as it is, or its new content.
+_File = Path | bytes | dict[str, Any]
 
 
 def write_companions(plan: Plan, folder: Path, *, taken: set[str]) -> list[Path]:
@@ -30,24 +31,44 @@ def write_companions(plan: Plan, folder: Path, *, taken: set[str]) -> list[Path]
         taken: names of files that are there.
     """
     copied = []
-    for path in plan.sources[plan.donor].companions():
-        content = _read(path) if path.name in (_CONFIG, _GENERATION) else None
-        if content is not None and (changed := _adapted(path.name, content, plan)) != content:
-            write_json(folder / path.name, changed)
-        elif path.name not in taken and not (plan.vocabulary is not None and is_tokenizer_file(path.name)):
-            copied.append(path)
-    for name, file in plan.vocabulary.files.items() if plan.vocabulary is not None else ():
-        (folder / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
-    if plan.chat_template is not None:
-        copied = [path for path in copied if path.name != _TEMPLATE]
-        (folder / _TEMPLATE).write_text(plan.chat_template, "utf-8")
+    for name, file in _files(plan).items():
+        if isinstance(file, dict):
+            write_json(folder / name, file)
+        elif isinstance(file, bytes):
+            (folder / name).write_bytes(file)
+        elif file.name != name:
+            (folder / name).write_bytes(file.read_bytes())
+        elif name not in taken:
+            copied.append(file)
     (folder / CARD_NAME).write_text(_card(plan), "utf-8")
     return copied
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _files(plan: Plan) -> dict[str, _File]:
+    """The files beside the output of a plan, by name; those of an earlier stage are as that stage would write them."""
+    files = _files_of(plan, plan.donor)
+    for name in (_CONFIG, _GENERATION):
+        content = _content(files.get(name))
+        if content is not None and (changed := _adapted(name, content, plan)) != content:
+            files[name] = changed
+    if plan.vocabulary is not None:
+        files = {n: f for n, f in files.items() if not is_tokenizer_file(n)} | dict(plan.vocabulary.files)
+    if plan.chat_template is not None:
+        files[_TEMPLATE] = plan.chat_template.encode()
+    return files
+
+
+def _files_of(plan: Plan, ref: str) -> dict[str, _File]:
+    source = plan.sources[ref]
+    inner = getattr(unwrapped(source), "plan", None)
+    return _files(inner) if isinstance(inner, Plan) else {path.name: path for path in source.companions()}
+
+
+def _content(file: _File | None) -> dict[str, Any] | None:
+    if isinstance(file, dict) or file is None:
+        return file
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(file if isinstance(file, bytes) else file.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
@@ -57,18 +78,12 @@ def _adapted(name: str, config: Mapping[str, Any], plan: Plan) -> dict[str, Any]
     """A file of the donor's for the output: vocabulary, depth, type of the weights, tied embeddings; nothing else."""
     changed: dict[str, Any] = dict(config)
     if plan.vocabulary is not None:
-        paths = {path.name: path for path in plan.sources[plan.vocabulary.donor].companions()}
-        changed = plan.vocabulary.adapted(config, plan.donor, _read(paths[name]) if name in paths else None)
+        other = _content(_files_of(plan, plan.vocabulary.donor).get(name))
+        changed = plan.vocabulary.adapted(config, plan.donor, other)
     if name != _CONFIG:
         return changed
     before = depths(plan.sources[plan.donor].infos)
-    for key in _DEPTH_KEYS:
-        for stack, count in plan.layers.items():
-            if before.get(stack, count) != count and config.get(key) == before[stack]:
-                changed[key] = count
-                for name, value in config.items():  # one entry a layer, as in layer_types
-                    if isinstance(value, list) and len(value) == before[stack]:
-                        changed[name] = [value[i] for i in _donor_layers(plan, stack, count)]
+    changed = deepen(changed, before, {stack: _donor_layers(plan, stack, n) for stack, n in plan.layers.items()})
     types = {t.info.dtype for t in plan.tensors.values() if t.info.dtype in FLOAT_DTYPES}
     stored = {i.dtype for i in plan.sources[plan.donor].infos.values() if i.dtype in FLOAT_DTYPES}
     if len(types) == 1 and types != stored:

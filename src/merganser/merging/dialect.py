@@ -96,12 +96,15 @@ def with_defaults(recipe: Recipe, method: str | None = None) -> Recipe:
         recipe: in our words.
         method: mergekit's name of its method, where it is another.
     """
-    defaults = DIALECT_DEFAULTS.get(method or recipe.method.removesuffix(DELTA), {})
+    method = method or recipe.method.removesuffix(DELTA)
+    defaults = DIALECT_DEFAULTS.get(method, {})
     known = rules_of(recipe.method).settings if recipe.method in merge_names() else {}
     settings = dict(recipe.settings)
     for name, default in defaults.items():
         if name in known:
             settings[name] = _otherwise(settings.get(name), default)
+    if known and rules_of(recipe.method).weighted and "weight" not in PER_MODEL.get(method, ()):
+        settings["weight"] = _otherwise(settings.get("weight"), 1.0)  # it asks for none there
     return replace(recipe, settings=settings)
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 _LAYER = re.compile(r"^(?P<stack>(?:[^.]*[^.\d][^.]*\.)*)(?P<index>\d+)\.(?P<rest>.+)$")
 #: Names, outside all layers, of what stands before the first layer; everything else stands behind the last.
 _BEFORE = re.compile(
-    r"embed|embd|(^|\.)(wte|wpe|shared|stem|positions?|conv1|patchify|cls_token|class_token|pos_drop|relative_position)(\.|$)|"
-    r"(^|\.)pre_?(layrnorm|layernorm|norm)|(^|\.)word_"
+    r"(?<!un)embed(?!_out\b)|embd|feature_projection|(^|\.)word_|"
+    r"(^|\.)(wte|wpe|shared|stem|positions?|patchify|cls_token|class_token|pos_drop|relative_position)(\.|$)|"
+    r"(^|\.)(conv[12]|bn1|conv_in|proj_in)(\.|$)|(^|\.)(pre_?(layrnorm|layernorm|norm)|(ln|norm)_pre)"
 )
 
 
@@ -71,5 +72,7 @@ def stands_before(name: str) -> bool:
 
     >>> stands_before("model.embed_tokens.weight"), stands_before("model.norm.weight"), stands_before("lm_head.weight")
     (True, False, False)
+    >>> stands_before("embed_out.weight"), stands_before("model.encoder.conv2.weight"), stands_before("conv_out.weight")
+    (False, True, False)
     """
     return _BEFORE.search(name) is not None

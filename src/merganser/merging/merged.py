@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from inspect import signature
 from math import inf, prod
 from pathlib import Path
@@ -21,7 +22,8 @@ from merganser.continual.roles import is_matrix
 from merganser.errors import DtypeError, NonFiniteError
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.post import finished
-from merganser.merging.survey import Ranked, cell_rows, chunk_rows, inner_products, ranked, sums
+from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
+from merganser.merging.survey import cell_rows, chunk_rows, inner_products, sums
 from merganser.methods.joint import Joint, Locality
 from merganser.noise import uniform
 from merganser.numerics import compute_dtype, narrowed, sum_is_finite
@@ -190,7 +192,7 @@ class Merged:
             brought |= measured.brought
             if measured.ranks is not None:
                 brought["keep"] = _kept(row, measured, stack)
-                measured.position = rows[1] if rows is not None else tensor.info.rows
+            measured.position = rows[1] if rows is not None else tensor.info.rows
         merged = function(**{n: v for n, v in {**brought, **self._settings(tensor, function)}.items() if n in needs})
         merged = _restored(merged, tensor) if matrix else merged
         if not changes:
@@ -296,11 +298,26 @@ class Merged:
             return ([*score(self._stack(tensor, part, changes=changes)[0])] for part in parts)
 
         sought = [None if start == stop or (start, stop) == (0, numel) else (start, stop) for start, stop in spans]
-        found = ranked(scores, sought) if any(sought) else [None] * len(spans)
+        found: list[Ranked | None] = [None] * len(spans)
+        if any(sought):
+            found = ranked(scores, sought, numel, self._sample(tensor, row, changes))
         return [
             Ranked(inf, -1.0, 0, 0) if span == (0, numel) and numel else edges
             for span, edges in zip(spans, found, strict=True)
         ]
+
+    def _sample(self, tensor: TensorPlan, row: Joint, changes: bool) -> list[Tensor]:
+        """Some of a tensor's scores, from rows that are evenly spread."""
+        assert row.score is not None
+        rows, across = tensor.info.rows, prod(tensor.info.shape[1:])
+        wanted = min(rows, -(-SAMPLE_ELEMENTS * 4 // across))  # rows differ more than entries of one row
+        places = min(wanted, 8)
+        height = -(-wanted // places)
+        starts = [place * (rows - height) // max(1, places - 1) for place in range(places)]
+        taken = [(start, start + height) if tensor.info.shape else None for start in starts]
+        parts = [row.score(self._stack(tensor, part, changes=changes)[0]) for part in taken]
+        every = [torch.cat([x.reshape(-1) for x in same]) for same in zip(*parts, strict=True)]
+        return [x[:: max(1, x.numel() // SAMPLE_ELEMENTS)] for x in every]
 
     def _kept_parts(
         self, name: str, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, measured: _Measured
@@ -365,5 +382,6 @@ def _restored(x: Tensor, tensor: TensorPlan) -> Tensor:
     return (x.T if tensor.role == "transposed" else x).reshape(tensor.info.shape)
 
 
+@cache
 def _names(function: Any) -> frozenset[str]:
     return frozenset(signature(function).parameters)

@@ -23,6 +23,7 @@
 | `vocabulary` | `union`, `base`, `intersection`, a model, or `{source, tokens, pad_to_multiple_of}` |
 | `chat_template` | `auto`, or the template itself |
 | `keep` | patterns of names that stay as they are in the base (or in the first model) |
+| `adapter` | `{rank: 16}` or `{rank: keep}`: all models are LoRA adapters, and the output is one of that rank |
 
 A file may hold several documents; all but one need a `name`. Values run over layers and names as
 `merganser.merging.values` says. A document with the key `merge_method` is mergekit's.
@@ -57,11 +58,11 @@ from merganser.merging.common import (
 from merganser.merging.dialect import with_defaults
 from merganser.merging.lookup import merge_names, rules_of
 from merganser.merging.reading import Node, Problems, read_documents, short
-from merganser.merging.recipe import Dialect, Input, Recipe, Settings, Slice, Token, Vocabulary
+from merganser.merging.recipe import AdapterOut, Dialect, Input, Recipe, Settings, Slice, Token, Vocabulary
 
 KEYS = (
     "method", "base", "models", "slices", "settings", "post", "dtype", "dialect", "seed", "name", "vocabulary",
-    "chat_template", "keep",
+    "chat_template", "keep", "adapter",
 )  # fmt: skip
 SLICE_KEYS = ("models", "settings", "base")
 #: What other languages call it.
@@ -185,6 +186,7 @@ def _read(document: Node, origin: Origin) -> tuple[Recipe, Words]:
         seed=entries["seed"].integer(0) if "seed" in entries else 0,
         chat_template=read_template(entries["chat_template"]) if "chat_template" in entries else None,
         keep=_keep(entries["keep"]) if "keep" in entries else (),
+        adapter=_adapter(entries["adapter"]) if "adapter" in entries else None,
     )
     vocabulary = _vocabulary(entries["vocabulary"], draft, origin) if "vocabulary" in entries else None
     recipe = replace(draft, vocabulary=vocabulary)
@@ -300,6 +302,20 @@ def _keep(node: Node) -> tuple[str, ...]:
     if isinstance(node.value, str):
         return (node.string(),)
     return tuple(entry.string("a pattern of names") for entry in node.items("a list of patterns of names"))
+
+
+def _adapter(node: Node) -> AdapterOut:
+    entries = node.fields(("rank",), "a mapping with the rank of the output: {rank: 16}, or {rank: keep}")
+    if "rank" not in entries:
+        if isinstance(node.value, dict):
+            node.error("rank is missing: a whole number, or keep for no truncation")
+        return AdapterOut()
+    rank = entries["rank"]
+    if isinstance(rank.value, str):
+        if rank.value != "keep":
+            rank.error(f"must be a whole number from 1 on, or keep for no truncation, and is {short(rank.value)}")
+        return AdapterOut()
+    return AdapterOut(rank.integer(1))
 
 
 def _vocabulary(node: Node, recipe: Recipe, origin: Origin) -> Vocabulary:

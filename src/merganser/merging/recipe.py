@@ -85,6 +85,17 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class AdapterOut:
+    """The adapter that a merge of adapters makes.
+
+    Attributes:
+        rank: of every weight's change, or less where the ranks that went in add up to less; None for no truncation.
+    """
+
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One merge.
 
@@ -101,6 +112,7 @@ class Recipe:
         vocabulary: None where all models share one.
         chat_template: None to keep the donor's; "auto" for the most frequent; else the template itself.
         keep: shell patterns of names that stay the base's (or the first model's).
+        adapter: where all models are LoRA adapters that are merged with each other; None for whole models.
         text: the recipe as it was written.
     """
 
@@ -116,6 +128,7 @@ class Recipe:
     vocabulary: Vocabulary | None = None
     chat_template: str | None = None
     keep: tuple[str, ...] = ()
+    adapter: AdapterOut | None = None
     text: str = ""
 
     @property

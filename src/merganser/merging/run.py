@@ -15,11 +15,14 @@ from typing import Any
 import torch
 
 from merganser.checkpoints import open_source
+from merganser.checkpoints.lora_config import CONFIG_NAME
 from merganser.checkpoints.overlap import local_paths, refuse_overlap
-from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, write_json
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.errors import ParameterError
-from merganser.merging.companions import write_companions
+from merganser.merging.adapter_out import STEM, card_of, config_of, infos_of, receipt_of, write_target
+from merganser.merging.adapters import AdapterMerge, parts_of, plan_adapters
+from merganser.merging.companions import CARD_NAME, write_companions
 from merganser.merging.digested import Digested
 from merganser.merging.merged import CHUNK_ELEMENTS, Merged
 from merganser.merging.native import read_recipes
@@ -68,6 +71,11 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
     opened: dict[str, Source] = {}
     merged: Merged | None = None
     for recipe in recipes:
+        if recipe.adapter is not None:
+            raise ParameterError(
+                f"{recipe.name or 'the recipe'} merges adapters with each other, and nothing here can go on with that",
+                "merge it alone, or leave adapter out and write BASE+ADAPTER for each model",
+            )
         refs = (*recipe.refs, *recipe.statistics)
         for ref in refs:
             if ref not in stages and ref not in opened:
@@ -81,8 +89,26 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
     return merged
 
 
+def plan_any(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS) -> Merged | AdapterMerge:
+    """Plan recipes of whole models, or the one that merges adapters with each other.
+
+    Raises:
+        MerganserError: Whatever is wrong with a recipe or its models; nothing was written.
+    """
+    if not recipes or recipes[-1].adapter is None:
+        return plan_recipes(recipes, chunk_elements=chunk_elements)
+    names = {recipe.name for recipe in recipes if recipe.name is not None}
+    for ref in recipes[-1].refs:
+        if made := [part for part in parts_of(ref) if part in names]:
+            raise ParameterError(
+                f"{made[0]} is a recipe of this file, and adapters are merged from folders alone",
+                "merge it first, and name the folder",
+            )
+    return plan_adapters(recipes[-1])
+
+
 def run(
-    merged: Merged,
+    merged: Merged | AdapterMerge,
     out: Path,
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -94,11 +120,12 @@ def run(
     """Write a planned merge as a checkpoint folder.
 
     Args:
-        merged: of `plan_recipes`.
+        merged: of `plan_recipes` or `plan_any`.
         out: folder to make.
-        shard_bytes: size in bytes at which the next file is begun.
+        shard_bytes: size in bytes at which the next file is begun; an adapter is one file.
         threads: tensors at a time.
-        resume: go on with what an interrupted run of the same plan left; leave it again when interrupted.
+        resume: go on with what an interrupted run of the same plan left; leave it again when interrupted. A merge of
+            adapters, which is short, begins afresh.
         overwrite: replace a folder that is there.
         progress: called as (bytes done, bytes in all).
 
@@ -108,6 +135,8 @@ def run(
     Raises:
         MerganserError: If a model cannot be read or merged, or the folder not be written; then nothing is there.
     """
+    if isinstance(merged, AdapterMerge):
+        return _run_adapters(merged, out, threads=threads, overwrite=overwrite, progress=progress)
     began = time.perf_counter()
     plan = merged.plan
     refuse_overlap(out, list(_files(plan)))
@@ -139,6 +168,32 @@ def run(
             "outputs": writer.digests(),
         }
         writer.commit(receipt, companions)
+    return out
+
+
+def _run_adapters(
+    merge: AdapterMerge, out: Path, *, threads: int | None, overwrite: bool, progress: Progress | None
+) -> Path:
+    began = time.perf_counter()
+    infos = infos_of(merge)
+    total = sum(info.nbytes for info in infos.values())
+    refuse_overlap(out, merge.recipe.refs)
+    with CheckpointWriter(out, infos, shard_bytes=max(1, total), overwrite=overwrite, stem=STEM) as writer:
+        jobs = [
+            Job(name, partial(write_target, merge, writer, name), merge.job_bytes(name), prod(target.shape))
+            for name, target in merge.targets.items()
+        ]
+        cuts = run_jobs(jobs, threads=usable_threads(threads), progress=progress)
+        write_json(writer.folder / CONFIG_NAME, config_of(merge))
+        (writer.folder / CARD_NAME).write_text(card_of(merge), "utf-8")
+        receipt = {
+            "merganser": __version__,
+            **receipt_of(merge, cuts),
+            "wall_s": round(time.perf_counter() - began, 3),
+            "peak_bytes": _peak_rss(),
+            "outputs": writer.digests(),
+        }
+        writer.commit(receipt)
     return out
 
 

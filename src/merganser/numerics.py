@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import fsum
+from math import fsum, isfinite
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def narrowed(x: Tensor, dtype: str, name: str) -> Tensor:
 
 def sum_is_finite(x: Tensor) -> bool:
     """Whether the sum of all entries is finite, which says in one pass that all of them are; False says nothing."""
-    return bool(torch.isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)))
+    return isfinite(x.sum(dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).item())
 
 
 def raw_bytes(x: Tensor) -> memoryview:

@@ -103,6 +103,7 @@ def _stored_transposed(base: Source) -> set[str]:
     """
     known: dict[str, bool] = {}
     unknown: list[str] = []
+    alike: dict[str, bool] = {}  # by the layer's own name: whether all that tell are transposed
     for name, info in base.infos.items():
         if len(info.shape) != 2 or not name.endswith(".weight"):
             continue
@@ -112,10 +113,11 @@ def _stored_transposed(base: Source) -> set[str]:
             unknown.append(name)
         else:
             known[name] = bias.shape == (columns,)
+            layer = name.split(".")[-2]
+            alike[layer] = alike.get(layer, True) and known[name]
     by_type = _model_type(base) in _TRANSPOSED_MODELS
     for name in unknown:
-        alike = [found for other, found in known.items() if other.split(".")[-2] == name.split(".")[-2]]
-        known[name] = all(alike) if alike else by_type and _TRANSPOSED.search(name) is not None
+        known[name] = alike.get(name.split(".")[-2], by_type and _TRANSPOSED.search(name) is not None)
     return {name for name, found in known.items() if found}
 
 

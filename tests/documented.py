@@ -37,7 +37,7 @@ def labelled():
 
 
 def make_models(folder: Path) -> None:
-    """Write models/base, models/legal, models/medical, the adapter models/code-lora, and a network with two weights."""
+    """Write models/base, legal and medical, the adapters code-lora and chat-lora, and a network with two weights."""
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     models = {"base": base}
@@ -47,15 +47,7 @@ def make_models(folder: Path) -> None:
         (folder / "models" / name).mkdir(parents=True)
         save_file(tensors, folder / "models" / name / "model.safetensors")
         (folder / "models" / name / "config.json").write_text('{"model_type": "example"}')
-    adapter = folder / "models" / "code-lora"
-    adapter.mkdir()
-    factors = {
-        "base_model.model.layer.up.lora_A.weight": torch.randn(4, 32, generator=generator),
-        "base_model.model.layer.up.lora_B.weight": 0.1 * torch.randn(64, 4, generator=generator),
-    }
-    save_file(factors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    _make_adapter(folder / "models" / "code-lora", generator)
     (folder / "my_networks.py").write_text(NETWORK)
     a = {"0.weight": (16, 6), "0.bias": (16,), "2.weight": (3, 16), "2.bias": (3,)}
     one = {name: torch.randn(shape, generator=generator) for name, shape in a.items()}
@@ -63,6 +55,18 @@ def make_models(folder: Path) -> None:
     two = {"0.weight": one["0.weight"][order], "0.bias": one["0.bias"][order], "2.weight": one["2.weight"][:, order]}
     save_file(one, folder / "a.safetensors")
     save_file({**two, "2.bias": one["2.bias"]}, folder / "b.safetensors")
+    _make_adapter(folder / "models" / "chat-lora", generator)
+
+
+def _make_adapter(folder: Path, generator: torch.Generator) -> None:
+    folder.mkdir()
+    factors = {
+        "base_model.model.layer.up.lora_A.weight": torch.randn(4, 32, generator=generator),
+        "base_model.model.layer.up.lora_B.weight": 0.1 * torch.randn(64, 4, generator=generator),
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def console_blocks(page: Path) -> list[tuple[str, str]]:

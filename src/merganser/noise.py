@@ -1,8 +1,8 @@
 """Noise that belongs to a place: uniform on [0, 1), keyed by (seed, model, tensor, element index).
 
-The same bits come out whatever else is drawn, in any order, chunk or thread: a tensor has a generator of its own (PCG64,
-whose stream NumPy keeps from version to version), seeded with the key's sha256 and advanced to the element. Two elements
-share one 64-bit draw; a value is a multiple of 2**-24, so it is exact in float32.
+The same bits come out whatever else is drawn, in any order, chunk or thread: a tensor has a generator of its own
+(PCG64, whose stream NumPy keeps from version to version), seeded with the key's sha256 and advanced to the element.
+Two elements share one 64-bit draw; a value is a multiple of 2**-24, so it is exact in float32.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapter_helpers import written
 from memory_source import MemorySource
+from merganser.merging.adapter_plan import AdapterMerge, plan_adapters
 from merganser.merging.core_space import core_of, factors_of, frame_of, span
-from merganser.merging.lookup import rules_of
+from merganser.merging.lookup import merge_names, rules_of
 from merganser.merging.merged import Merged
 from merganser.merging.plan import make_plan
-from merganser.merging.recipe import Input, Recipe, Slice
+from merganser.merging.recipe import AdapterOut, Input, Recipe, Slice
 
 Change = tuple[Tensor, Tensor, float]
 
@@ -117,78 +120,129 @@ def test_rank_above_the_core_s_is_filled_with_zeros() -> None:
     np.testing.assert_allclose((factors.up @ factors.down).numpy(), dense(given[0]), rtol=0, atol=1e-12)
 
 
-def merged(method: str, given: Sequence[Tensor], settings: dict[str, Any], post: tuple[Any, ...] = ()) -> Tensor:
-    """A method of the table on changes, over a base of zeros; slerp takes the first for its base."""
-    rules = rules_of(method)
-    sources = {f"m{k}": MemorySource(f"m{k}", {"fc.weight": x}) for k, x in enumerate(given)}
-    sources["base"] = MemorySource("base", {"fc.weight": torch.zeros_like(given[0])})
-    inputs = [Input(f"m{k}", settings={"weight": 1.0 + k} if rules.weighted else {}) for k in range(len(given))]
+def on_whole(method: str, given: Sequence[Change], settings: dict[str, Any], post: tuple[Any, ...] = ()) -> np.ndarray:
+    """A method of the table on dense changes, over a base of zeros; slerp takes the first for its base."""
+    rules, names = rules_of(method), [f"m{k}" for k in range(len(given))]
+    sources = {
+        name: MemorySource(name, {"q.weight": torch.from_numpy(dense(change))})
+        for name, change in zip(names, given, strict=True)
+    }
+    sources["base"] = MemorySource("base", {"q.weight": torch.zeros(48, 36, dtype=torch.float64)})
+    inputs = [Input(name, settings=WEIGHTED[k] if rules.weighted else {}) for k, name in enumerate(names)]
     base = inputs.pop(0) if rules.base_is_model else Input("base") if rules.needs_base else None
     recipe = Recipe(method, (Slice(tuple(inputs)),), base, settings=settings, post=post)
-    return Merged(make_plan(recipe, sources)).read("fc.weight")
+    return Merged(make_plan(recipe, sources)).read("q.weight").numpy()
 
 
-#: Rules that see inner products and singular values only, and those that count directions, with what makes up for it.
-SAME: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("linear", {}, {}),
-    ("task_arithmetic", {"scale": 0.7}, {"scale": 0.7}),
-    ("mean", {}, {}),
-    ("slerp", {"t": 0.3}, {"t": 0.3}),
-    ("nuslerp", {}, {}),
-    ("nuslerp_delta", {}, {}),
-    ("multislerp", {}, {}),
-    ("multislerp_delta", {}, {}),
-    ("karcher", {}, {}),
-    ("model_stock", {}, {}),
-    ("star", {}, {}),
-    ("tsv_m", {}, {}),
-    ("iso_c", {"scale": 1.5}, {"scale": 1.5 * 23 / 8}),
-    ("gram", {"eps": 0.01 * 8 / 23}, {"eps": 0.01}),
-]
+def in_core(
+    folder: Path, method: str, given: Sequence[Change], settings: dict[str, Any], post: tuple[Any, ...] = ()
+) -> np.ndarray:
+    """The same on adapters; one of rank 0 leaves the weight alone."""
+    folder.mkdir(exist_ok=True)
+    inputs = []
+    for k, (up, down, scaling) in enumerate(given):
+        name, rank = ("q" if up.shape[1] else "other"), max(1, up.shape[1])
+        a, b = (down, up) if up.shape[1] else (torch.zeros(1, 5), torch.zeros(5, 1))
+        tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        written(folder / f"m{k}", tensors, r=rank, lora_alpha=scaling * rank, target_modules=[name])
+        inputs.append(Input(str(folder / f"m{k}"), settings=WEIGHTED[k] if rules_of(method).weighted else {}))
+    recipe = Recipe(method, (Slice(tuple(inputs)),), settings=settings, post=post, adapter=AdapterOut())
+    factors, _ = plan_adapters(recipe).factors("q.weight")
+    return (factors.up @ factors.down).numpy()
 
 
-@pytest.mark.parametrize(("method", "in_core", "in_whole"), SAME, ids=[row[0] for row in SAME])
+WEIGHTED = [{"weight": 1.0}, {"weight": 2.0}, {"weight": 0.5}]
+RANKS = [(4, 4), (2, 5), (3, 5, 0)]
+
+#: Rules that see inner products and singular values only, and those that take the number of directions from the size,
+#: with the settings that make up for it: in the core of `p` directions, and in the whole weight of 36.
+SAME: dict[str, Callable[[int], tuple[dict[str, Any], dict[str, Any]]]] = {
+    "linear": lambda p: ({}, {}),
+    "task_arithmetic": lambda p: ({"scale": 0.7}, {"scale": 0.7}),
+    "mean": lambda p: ({}, {}),
+    "average": lambda p: ({}, {}),
+    "slerp": lambda p: ({"t": 0.3}, {"t": 0.3}),
+    "nuslerp": lambda p: ({}, {}),
+    "nuslerp_delta": lambda p: ({}, {}),
+    "multislerp": lambda p: ({}, {}),
+    "multislerp_delta": lambda p: ({}, {}),
+    "karcher": lambda p: ({}, {}),
+    "model_stock": lambda p: ({"negative": True}, {"negative": True}),
+    "star": lambda p: ({}, {}),
+    "tsv_m": lambda p: ({}, {}),
+    "dc": lambda p: ({"density": 1.0}, {"density": 1.0}),
+    "cart": lambda p: ({"rank": 3 / p}, {"rank": 3 / 36}),
+    "iso_c": lambda p: ({"scale": 1.5}, {"scale": 1.5 * 36 / p}),
+    "gram": lambda p: ({"eps": 0.01 * p / 36}, {"eps": 0.01}),
+}
+
+
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+@pytest.mark.parametrize("method", SAME)
 def test_rule_gives_in_the_core_what_it_gives_on_the_whole_change(
-    method: str, in_core: dict[str, Any], in_whole: dict[str, Any]
+    method: str, ranks: tuple[int, ...], tmp_path: Path
 ) -> None:
-    given = changes([4, 4])
-    found, frame = cores(given)
-    expected = merged(method, [torch.from_numpy(dense(c)) for c in given], in_whole).numpy()
-    difference = whole(merged(method, found, in_core), frame) - expected
-    assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(expected)
+    most = rules_of(method).models[1]
+    given = changes(ranks if most is None else ranks[:2], 48, 36)
+    small, large = SAME[method](len(given) * max(ranks))
+    expected = on_whole(method, given, large)
+    assert np.linalg.norm(expected) > 0.1
+    assert np.linalg.norm(in_core(tmp_path, method, given, small) - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(
-    "post", [("svc", {}), ("lines", {"alpha": 0.5, "beta": 1.0}), ("subspace_boosting", {})], ids=lambda p: p[0]
-)
-def test_post_processor_gives_in_the_core_what_it_gives_on_the_whole_change(post: Any) -> None:
-    given = changes([4, 4])
-    found, frame = cores(given)
-    args = ("task_arithmetic", {"scale": 0.7}, (post,))
-    expected = merged(args[0], [torch.from_numpy(dense(c)) for c in given], args[1], args[2]).numpy()
-    difference = whole(merged(args[0], found, args[1], args[2]), frame) - expected
-    assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(expected)
+@pytest.mark.parametrize("post", [("svc", {}), ("lines", {"alpha": 0.5, "beta": 1.0}), ("subspace_boosting", {})])
+def test_post_processor_gives_in_the_core_what_it_gives_on_the_whole_change(post: Any, tmp_path: Path) -> None:
+    given = changes((2, 5), 48, 36)
+    expected = on_whole("task_arithmetic", given, {}, (post,))
+    found = in_core(tmp_path, "task_arithmetic", given, {}, (post,))
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_weight_too_thin_for_factors_is_merged_as_a_whole_model_s(tmp_path: Path) -> None:
+    given = [(up[:, :2], down, scaling) for up, down, scaling in changes((2, 2), 48, 36)]
+    thin = [(up, down[:, :20], scaling) for up, down, scaling in given]
+    for one in (given, thin):
+        expected = sum(w["weight"] * dense(change) for w, change in zip(WEIGHTED, one, strict=False)) / 3
+        found = in_core(tmp_path, "tsv_m", one, {})
+        assert (np.linalg.norm(found - expected) < 1e-5) == (one is thin)
+
+
+@pytest.mark.parametrize("name", [n for n in merge_names() if not rules_of(n).measured])
+def test_nothing_is_merged_beside_the_frame(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cores are filled up with zeros for some rules; what these make of the zeros is cut off."""
+    seen = []
+
+    def merged(self: AdapterMerge, name: str, cores: Sequence[Tensor]) -> Tensor:
+        found = original(self, name, cores)
+        live = max(int(x.any(1).sum()) for x in cores), max(int(x.any(0).sum()) for x in cores)
+        seen.append(float(found[live[0] :].abs().sum() + found[:, live[1] :].abs().sum()) / float(found.abs().sum()))
+        return found
+
+    original = AdapterMerge._merged
+    monkeypatch.setattr(AdapterMerge, "_merged", merged)
+    rules = rules_of(name)
+    count = 3 if rules.models[1] is None else rules.models[1] + rules.base_is_model
+    given = changes((2, 5, 0)[:count], 48, 36)
+    in_core(tmp_path, name, given, dict.fromkeys(rules.required, 0.3))
+    assert seen
+    assert max(seen) < 1e-9
 
 
 @pytest.mark.parametrize("method", ["ties", "magmax", "breadcrumbs", "dare_linear"])
-def test_rule_of_single_entries_acts_on_those_of_the_core(method: str) -> None:
-    given = changes([4, 4])
-    found, frame = cores(given)
-    on_whole = merged(method, [torch.from_numpy(dense(c)) for c in given], {}).numpy()
-    in_core = whole(merged(method, found, {}), frame)
-    assert np.linalg.norm(in_core - on_whole) > 0.05 * np.linalg.norm(on_whole)
+def test_rule_of_single_entries_acts_on_those_of_the_core(method: str, tmp_path: Path) -> None:
+    given = changes((4, 4), 48, 36)
+    expected, found = on_whole(method, given, {}), in_core(tmp_path, method, given, {})
+    assert np.linalg.norm(found - expected) > 0.05 * np.linalg.norm(expected)
     if method == "magmax":
-        weighted = [found[0], 2.0 * found[1]]
-        expected = torch.where(weighted[0].abs() >= weighted[1].abs(), *weighted)
-        np.testing.assert_allclose(in_core, whole(expected, frame), rtol=0, atol=1e-10)
+        (one, other), frame = cores(given)
+        largest = torch.where(one.abs() >= 2 * other.abs(), one, 2 * other)
+        np.testing.assert_allclose(found, whole(largest, frame), rtol=0, atol=1e-5)
 
 
-def test_same_change_in_other_factors_is_the_same_for_an_invariant_rule() -> None:
-    given = changes([3, 4])
+def test_same_change_in_other_factors_is_the_same_for_an_invariant_rule(tmp_path: Path) -> None:
+    given = changes((3, 4), 48, 36)
     turn = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     up, down = given[0][0].double() @ turn, torch.linalg.solve(turn, given[0][1].double())
-    one, frame = cores(given)
-    other, turned = cores([(up, down, given[0][2]), given[1]])
-    np.testing.assert_allclose(
-        whole(merged("karcher", one, {}), frame), whole(merged("karcher", other, {}), turned), rtol=0, atol=1e-9
-    )
+    one = in_core(tmp_path / "a", "karcher", given, {})
+    other = in_core(tmp_path / "b", "karcher", [(up, down, given[0][2]), given[1]], {})
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-9)

@@ -314,6 +314,10 @@ def test_whole_tensors_are_merged_by_their_change_against_the_base(
     assert not (tmp_path / "out").exists()
     merge(tmp_path, f"base: base\n{text}")
     close(applied(net, tmp_path / "out"), combined(net, models, [0.5, 1.0]), 2e-6)
+    merge(tmp_path, f"keep: ['head.*', '*bias']\n{text}")
+    old = net.state_dict()
+    left = {name: x for name, x in combined(net, models, [0.5, 1.0]).items() if "proj.weight" in name}
+    close(applied(net, tmp_path / "out"), old | left, 2e-6)
 
 
 def test_type_of_the_output_is_the_adapters_or_the_recipe_s(tmp_path: Path) -> None:
@@ -353,8 +357,8 @@ def test_dense_merge_of_adapters_on_a_base_still_works(net: Net, tmp_path: Path)
     close(load_file(tmp_path / "out" / "model.safetensors"), in_core, 2e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_transformers_model_gives_the_logits_of_the_dense_merge(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "based"), [("llama", True), ("gpt2", True), ("gpt2", False)])
+def test_transformers_model_gives_the_logits_of_the_dense_merge(family: str, based: bool, tmp_path: Path) -> None:
     import transformers
 
     torch.manual_seed(0)
@@ -373,13 +377,37 @@ def test_transformers_model_gives_the_logits_of_the_dense_merge(family: str, tmp
         train(base, tmp_path / f"a{i}", i + 1, r=3 + i, target_modules=t, task_type="CAUSAL_LM", lora_alpha=1.0)
         for i, t in enumerate(targets)
     ]
-    merge(tmp_path, "method: linear\nbase: base\nmodels: [a0, a1]\nadapter: {rank: keep}\n")
+    line = "base: base\n" if based else ""
+    merge(tmp_path, f"method: linear\n{line}models: [a0, a1]\nadapter: {{rank: keep}}\n")
     expected = copy.deepcopy(base)
     expected.load_state_dict({n: x.float() for n, x in combined(base, models, [0.5, 0.5]).items()})
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        if based:
+            found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        else:
+            found = loaded(base, tmp_path / "out").eval()
         torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_come_from_the_hub_and_from_torch_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two(tmp_path)
+    held = load_file(tmp_path / "a1" / "adapter_model.safetensors")
+    torch.save(held, tmp_path / "a1" / "adapter_model.bin")
+    (tmp_path / "a1" / "adapter_model.safetensors").unlink()
+    asked = []
+
+    def snapshot(*words: str | None) -> Path:
+        asked.append(words)
+        return tmp_path / "a1"
+
+    monkeypatch.setattr("merganser.checkpoints.hub.snapshot", snapshot)
+    merge(tmp_path, "method: linear\nmodels: [a0, 'hf:org/code@main', org/maths]\nadapter: {rank: 2}\n")
+    assert asked == [("org/code", "main"), ("org/maths", None)]
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    a, b = (found[f"base_model.model.q.lora_{x}.weight"] for x in "AB")
+    expected = held["base_model.model.q.lora_B.weight"] @ held["base_model.model.q.lora_A.weight"]
+    torch.testing.assert_close(b @ a, expected)
 
 
 # what is refused

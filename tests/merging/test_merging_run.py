@@ -118,7 +118,6 @@ class Counting:
 )
 def test_every_model_is_read_a_fixed_number_of_times(method: str, settings: dict[str, Any], passes: float) -> None:
     from memory_source import MemorySource
-
     from merganser.merging.merged import Merged
     from merganser.merging.plan import make_plan
 
@@ -316,6 +315,14 @@ def test_nan_is_named_and_overflow_too(family: list[Path], tmp_path: Path) -> No
     assert f"large.weight of {bad} holds NaN" in message
     huge = recipe("task_arithmetic", family[1:], family[0], settings={"scale": 1e30}, dtype="F16")
     assert "overflows F16" in refused(NonFiniteError, tmp_path / "out", huge)
+
+
+def test_memory_that_is_too_small_is_refused_before_any_work(family: list[Path], tmp_path: Path) -> None:
+    one = recipe("iso_cts", family[1:], family[0])
+    with pytest.raises(ParameterError, match=r"alone takes about [\d,]+ bytes with iso_cts, and 1,000 are allowed"):
+        merged(tmp_path / "out", one, memory_bytes=1000)
+    assert not (tmp_path / "out").exists()
+    assert merged(tmp_path / "out", one, threads=8, memory_bytes=4_000_000).keys() == load(family[0]).keys()
 
 
 def test_output_inside_an_input_is_refused(family: list[Path]) -> None:

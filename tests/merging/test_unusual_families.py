@@ -27,6 +27,7 @@ from family_models import (
 )
 from merganser.errors import ExtraTensorError, ShapeError
 from support import load
+from vocabulary_helpers import MERGES, MORE, bpe, embeddings, save_model
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +259,23 @@ def test_a_name_that_begins_with_a_number_is_a_layer(tmp_path: Path) -> None:
     found = load(merge(json.dumps(text), tmp_path / "out"))
     expected = {n: x.double() + int(n.partition(".")[0]) / 4 * states[1][n].double() for n, x in states[0].items()}
     check_close(found, expected)
+
+
+# stages
+
+
+def test_a_vocabulary_and_a_template_of_an_earlier_stage_come_out_of_the_last(tmp_path: Path) -> None:
+    folders = [
+        save_model(tmp_path / "base", bpe(), embeddings(0, 64)),
+        save_model(tmp_path / "more", bpe((*MERGES, *MORE), turned=5), embeddings(1, 66)),
+    ]
+    stage = {"method": "linear", "models": [str(f) for f in folders], "vocabulary": "union", "chat_template": "{{ x }}"}
+    expected = merge(json.dumps(stage), tmp_path / "expected")
+    last = {"method": "linear", "models": ["a", "b"]}
+    documents = [stage | {"name": "a"}, stage | {"name": "b"}, last]
+    out = merge("\n---\n".join(json.dumps(d) for d in documents), tmp_path / "out")
+    assert {p.name for p in out.iterdir()} == {p.name for p in expected.iterdir()}
+    assert (out / "tokenizer.json").read_bytes() != (folders[0] / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
+    assert config_of(out)["vocab_size"] == 66

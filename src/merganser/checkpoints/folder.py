@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -79,9 +80,24 @@ class FolderSource:
         self.read = weights.read
 
     def companions(self) -> Sequence[Path]:
-        """Config, tokenizer, chat template and licence files, sorted by name."""
-        found = {path for pattern in COMPANION_PATTERNS for path in self.folder.glob(pattern) if path.is_file()}
+        """Config, tokenizer, chat template and licence files, sorted by name; code where the config names some."""
+        patterns = [*COMPANION_PATTERNS, *(["*.py"] if "auto_map" in _config(self.folder / "config.json") else [])]
+        found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(p for p in found if not any(p.match(pattern) for pattern in NOT_COMPANIONS))
+
+
+def _config(path: Path) -> Mapping[str, object]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def stem_for(companions: Iterable[Path]) -> str:
+    """First part of the names of weight files by which the library looks for them that wrote the config."""
+    configs = [_config(path) for path in companions if path.name == "config.json"]
+    return "diffusion_pytorch_model" if any("_diffusers_version" in c for c in configs) else "model"
 
 
 def open_weights(path: Path, ref: str, key: str | None = None) -> Source:

@@ -10,11 +10,14 @@ import typer
 from merganser.cli.show import console, progress_bar
 
 if TYPE_CHECKING:
+    from merganser.merging.adapter_plan import AdapterMerge
     from merganser.merging.merged import Merged
 
 RecipeFile = Annotated[Path, typer.Argument(help="A YAML file, in our language or in mergekit's.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Warn of unknown keys, which mergekit ignores.")]
-Memory = Annotated[int, typer.Option(help="MB that the merge may take beside what Python takes; larger chunks.")]
+Memory = Annotated[
+    int | None, typer.Option(min=1, metavar="MB", help="Memory that it may take beside Python and torch.")
+]
 
 
 def merge(
@@ -26,6 +29,7 @@ def merge(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that was made here.")] = False,
     threads: Annotated[int | None, typer.Option(help="Tensors at a time; all processors by default.")] = None,
+    memory: Memory = None,
     shard_bytes: Annotated[int, typer.Option(help="Bytes at which the next file is begun.")] = 5_000_000_000,
 ) -> None:
     """Merge several models into one, tensor by tensor, in constant memory.
@@ -40,8 +44,11 @@ def merge(
           density: 0.4
         - path/to/code
 
+    With `adapter: {rank: 16}` (or `keep`) the models are LoRA adapters, merged with each other, and so is the output.
+
     Recipes written for mergekit-yaml are understood as they are. `merganser plan RECIPE` shows what would be done.
     """
+    from merganser.merging.adapter_plan import AdapterMerge
     from merganser.merging.run import run
 
     merged = _planned(recipe, lenient)
@@ -51,11 +58,14 @@ def merge(
             out,
             shard_bytes=shard_bytes,
             threads=threads,
+            memory_bytes=None if memory is None else memory * 1_000_000,
             resume=resume,
             overwrite=overwrite,
             progress=progress,
         )
     console().print(f"wrote {out}", soft_wrap=True)
+    if isinstance(merged, AdapterMerge):
+        _print_errors(out)
 
 
 def plan(recipe: RecipeFile, lenient: Lenient = False) -> None:
@@ -63,9 +73,13 @@ def plan(recipe: RecipeFile, lenient: Lenient = False) -> None:
     from rich.table import Table
 
     from merganser.continual.stream import default_threads
-    from merganser.merging.run import job_bytes
+    from merganser.merging.adapter_plan import AdapterMerge
+    from merganser.merging.run import peak_bytes
 
     merged = _planned(recipe, lenient)
+    if isinstance(merged, AdapterMerge):
+        _print_adapters(merged)
+        return
     planned = merged.plan
     table = Table("role", "tensors", "bytes", box=None)
     for role in dict.fromkeys(t.role for t in planned.tensors.values()):
@@ -74,17 +88,53 @@ def plan(recipe: RecipeFile, lenient: Lenient = False) -> None:
     out = console()
     out.print(f"{planned.recipe.method} ({planned.recipe.dialect}) of {', '.join(planned.recipe.refs)}", soft_wrap=True)
     out.print(table)
-    peak = sum(sorted((job_bytes(merged, n) for n in planned.tensors), reverse=True)[: default_threads()])
+    peak = peak_bytes(merged, default_threads())
     out.print(f"output {planned.output_bytes:,} bytes; at most {peak:,} bytes of memory beside Python and torch")
     for stack, count in planned.layers.items():
         out.print(f"{count} layers {stack}*")
 
 
-def _planned(recipe: Path, lenient: bool) -> Merged:
+def _print_adapters(merge: AdapterMerge) -> None:
+    from rich.table import Table
+
+    from merganser.continual.stream import default_threads
+    from merganser.merging.adapter_out import infos_of
+    from merganser.merging.run import peak_bytes
+
+    out, recipe = console(), merge.recipe
+    out.print(f"{recipe.method} ({recipe.dialect}) of {', '.join(a.ref for a in merge.adapters)}", soft_wrap=True)
+    table = Table("changed", "tensors", "ranks in", "rank out", box=None)
+    for kind in dict.fromkeys(t.kind for t in merge.targets.values()):
+        targets = [t for t in merge.targets.values() if t.kind == kind]
+        limits, ranks = {t.limit for t in targets}, {merge.ranks.get(t.name, 0) for t in targets}
+        shown = (f"{min(x)} to {max(x)}" if len(x) > 1 else str(max(x)) for x in (limits, ranks))
+        word = {"core": "low rank", "bias": "bias of B", "whole": "whole"}[kind]
+        table.add_row(word, str(len(targets)), *(shown if kind == "core" else ("", "")))
+    out.print(table)
+    peak = peak_bytes(merge, default_threads())
+    size = sum(info.nbytes for info in infos_of(merge).values())
+    out.print(f"output {size:,} bytes; at most {peak:,} bytes of memory beside Python and torch")
+
+
+def _print_errors(out: Path) -> None:
+    import json
+
+    from merganser.checkpoints.writer import RECEIPT_NAME
+
+    found = json.loads((out / RECEIPT_NAME).read_text("utf-8"))["adapter"]
+    name, worst = max(found["weights"].items(), key=lambda item: item[1]["truncation_error"])
+    console().print(
+        f"truncation error {found['truncation_error']:.3g}; the largest of a weight {worst['truncation_error']:.3g}, "
+        f"at {name}",
+        soft_wrap=True,
+    )
+
+
+def _planned(recipe: Path, lenient: bool) -> Merged | AdapterMerge:
     from merganser.merging.native import read_recipes
-    from merganser.merging.run import plan_recipes
+    from merganser.merging.run import plan_any
 
     recipes, warnings = read_recipes(recipe, lenient=lenient)
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
-    return plan_recipes(recipes)
+    return plan_any(recipes)

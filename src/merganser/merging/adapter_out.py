@@ -16,7 +16,8 @@ from merganser.checkpoints import local_path
 from merganser.checkpoints.lora_config import LoraConfig
 from merganser.checkpoints.lora_edits import PREFIX
 from merganser.checkpoints.writer import CheckpointWriter
-from merganser.merging.adapters import AdapterMerge, Target, common
+from merganser.merging.adapter_plan import AdapterMerge, Target
+from merganser.merging.adapters import common
 from merganser.merging.digested import Digested
 from merganser.types import TensorInfo
 
@@ -25,7 +26,7 @@ STEM = "adapter_model"
 
 @dataclass(frozen=True)
 class Cut:
-    """What cutting one weight's change to the output's rank cost.
+    """What cutting one weight's change to the output's rank cost; rounding to the output's type is not in it.
 
     Attributes:
         rank: of the output.
@@ -75,8 +76,9 @@ def config_of(merge: AdapterMerge) -> dict[str, Any]:
     r, pattern = _patterns(ranks)
     base, revision = _base(merge)
     biases = [a.settings.get("bias") for a in merge.adapters]
-    saved = [m for a in merge.adapters for m in a.settings.get("modules_to_save") or ()]
-    held = any(t.kind == "whole" for t in merge.targets.values())
+    held = [f".{t.module}" for t in merge.targets.values() if t.kind == "whole"]
+    listed = [m for a in merge.adapters for m in a.settings.get("modules_to_save") or ()]
+    saved = [m for m in dict.fromkeys(listed) if any(f".{m}." in name for name in held)]
     return {
         "peft_type": "LORA",
         "task_type": common(merge.adapters, "task_type"),
@@ -89,7 +91,7 @@ def config_of(merge: AdapterMerge) -> dict[str, Any]:
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": _target_modules(merge),
-        "modules_to_save": list(dict.fromkeys(saved)) if saved and held else None,
+        "modules_to_save": saved or None,
         "bias": next((b for b in ("all", "lora_only") if b in biases and held), "none"),
         "fan_in_fan_out": any(a.config.fan_in_fan_out for a in merge.adapters),
         "use_rslora": False,

@@ -1,4 +1,4 @@
-"""LoRA adapters merged with each other: which weights they change, and the merged change of each in core space.
+"""LoRA adapters that are merged with each other: opened, placed on one base, or refused by name.
 
 | what an adapter holds | what becomes of it |
 |---|---|
@@ -8,20 +8,15 @@
 | a copy of the base's weight beside its LoRA, as peft saves embeddings | left out, once it is seen to be one |
 | integers of a whole module | must be equal |
 | DoRA | refused: it rescales the base's weight, which is no low-rank change |
-
-The engine is that of whole models: settings, gradients over layers, filters by name, noise and post-processors mean the
-same, over a base of zeros. Layers are counted up to the last one that any adapter changes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,24 +25,14 @@ from merganser.checkpoints import local_path, open_source
 from merganser.checkpoints.folder import open_weights
 from merganser.checkpoints.lora_config import CONFIG_NAME, LoraConfig, read_config
 from merganser.checkpoints.lora_edits import PREFIX, ROLES, Edit, place
-from merganser.continual.roles import Role, assign_roles, is_matrix, matches
-from merganser.errors import AdapterError, CheckpointError, NonFiniteError, ParameterError, RefError, ShapeError
-from merganser.merging.core_space import Factors, Frame, core_of, factors_of, frame_of
+from merganser.errors import AdapterError, CheckpointError, NonFiniteError, RefError
 from merganser.merging.digested import Digested
-from merganser.merging.lookup import rules_of
-from merganser.merging.merged import Merged
-from merganser.merging.plan import Plan, make_plan
-from merganser.merging.recipe import Input, Recipe
-from merganser.numerics import DTYPE_NAMES, TORCH_DTYPES
-from merganser.types import FLOAT_DTYPES, Source, TensorInfo
+from merganser.merging.recipe import Recipe
+from merganser.types import Source, TensorInfo
 
-#: Reference of the base of zeros.
-ZERO = "no change"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 #: What to do with an adapter that has no place among others.
 AS_MODELS = "merge whole models: leave adapter out, and write BASE+ADAPTER for each"
-
-Kind = Literal["core", "bias", "whole"]
 
 
 @dataclass(frozen=True)
@@ -84,172 +69,20 @@ class Adapter:
         return value
 
 
-@dataclass(frozen=True)
-class Target:
-    """One tensor of the model that is changed.
-
-    Attributes:
-        name: in the base, or by the adapters' own names where no base is given.
-        kind: a low-rank change, a bias of a B, or a whole tensor.
-        module: as the adapters call it; of a whole tensor, its own name there.
-        shape: of the change: (out, in, kernel...) of a core.
-        edits: of each adapter; None in one that leaves it alone.
-        dtype: by safetensors name, the widest that any adapter stores it in.
-        limit: of a core: the ranks of all adapters together, and no more than the weight can have.
-        embedding: of a core: whether the module is an embedding.
-    """
-
-    name: str
-    kind: Kind
-    module: str
-    shape: tuple[int, ...]
-    edits: tuple[Edit | None, ...]
-    dtype: str
-    limit: int = 0
-    embedding: bool = False
-
-
-class Held:
-    """A Source over tensors at hand, or over headers alone."""
-
-    identity: str | None = None
-
-    def __init__(self, ref: str, infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor] | None = None) -> None:
-        self.ref, self.infos, self._tensors = ref, infos, tensors or {}
-        self.aliases: Mapping[str, str] = {}
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor or rows of it."""
-        return self._tensors[name] if rows is None else self._tensors[name][rows[0] : rows[1]]
-
-    def companions(self) -> Sequence[Path]:
-        """None."""
-        return ()
-
-
-@dataclass(frozen=True)
-class AdapterMerge:
-    """A planned merge of adapters.
-
-    Attributes:
-        recipe: as written.
-        adapters: in the order of the models.
-        base: what they were trained on, where the recipe says it.
-        targets: what is changed, by name, sorted.
-        ranks: of the output, by name of the core.
-        plan: of the merge, with sizes by headers; the cores' own sizes may turn out less.
-    """
-
-    recipe: Recipe
-    adapters: tuple[Adapter, ...]
-    base: Source | None
-    targets: Mapping[str, Target]
-    ranks: Mapping[str, int]
-    plan: Plan
-
-    @property
-    def limit(self) -> int:
-        """The largest rank that any weight's change can have."""
-        return max(t.limit for t in self.targets.values())
-
-    @cached_property
-    def wrapped(self) -> frozenset[str]:
-        """Modules with a low-rank change."""
-        return frozenset(t.module for t in self.targets.values() if t.kind == "core")
-
-    @cached_property
-    def biased(self) -> frozenset[str]:
-        """Modules whose B has a bias."""
-        return frozenset(t.module for t in self.targets.values() if t.kind == "bias")
-
-    def factors(self, name: str) -> tuple[Factors, Frame]:
-        """The merged change of one weight at the rank of the output, and the frame that it was merged in.
-
-        Raises:
-            NonFiniteError: If an adapter holds NaN or infinity there.
-            ParameterError: If the method refuses a setting.
-        """
-        target = self.targets[name]
-        pairs = [self._pair(k, edit) for k, edit in enumerate(target.edits)]
-        given = [pair for pair in pairs if pair is not None]
-        frame = frame_of([up for up, _, _ in given], [down for _, down, _ in given])
-        size = (frame.u.shape[1], frame.v.shape[1])
-        zero = torch.zeros(size, dtype=torch.float64)
-        cores = [zero if pair is None else core_of(*pair, frame) for pair in pairs]
-        return factors_of(self._merged(name, cores), frame, self.ranks[name]), frame
-
-    def vector(self, name: str) -> Tensor:
-        """A bias of a B, or a whole tensor, merged."""
-        target = self.targets[name]
-        if target.kind == "bias":
-            return self._merged(name, [self._bias(k, edit, target) for k, edit in enumerate(target.edits)])
-        wholes = [self._whole(k, edit) for k, edit in enumerate(target.edits)]
-        first = next(x for x in wholes if x is not None)
-        if self.plan.tensors[name].role == "fixed":  # a counter
-            return first if self.base is None else self.base.read(self.base.aliases.get(name, name))
-        if self.base is None or not first.is_floating_point():
-            for adapter, x in zip(self.adapters, wholes, strict=True):
-                if x is None or not torch.equal(x, first):
-                    raise AdapterError(
-                        f"{name}, which adapters hold as a whole, is another in {adapter.ref}",
-                        "its change against the base can be merged: say base: PATH"
-                        if first.is_floating_point()
-                        else "integers cannot be merged: leave the adapter out",
-                    )
-            return first
-        old = self.base.read(self.base.aliases.get(name, name)).double()
-        changes = [torch.zeros_like(old) if x is None else x.double() - old for x in wholes]
-        return old + self._merged(name, changes)
-
-    def job_bytes(self, name: str) -> int:
-        """Memory in bytes that merging one tensor takes at most."""
-        target, models = self.targets[name], len(self.adapters)
-        if target.kind != "core":
-            return 8 * prod(target.shape) * (3 * models + 4) + (1 << 20)
-        long, ranks = (
-            target.shape[0] + prod(target.shape[1:]),
-            sum(self._rank(k, e) for k, e in enumerate(target.edits)),
-        )
-        return 8 * (5 * long * ranks + (3 * models + 8) * target.limit**2) + (1 << 20)
-
-    def _rank(self, k: int, edit: Edit | None) -> int:
-        return 0 if edit is None or edit.low_rank is None else self.adapters[k].info(edit.low_rank.down).shape[0]
-
-    def _pair(self, k: int, edit: Edit | None) -> tuple[Tensor, Tensor, float] | None:
-        if edit is None or edit.low_rank is None:
-            return None
-        low = edit.low_rank
-        return self.adapters[k].read(low.up).flatten(1), self.adapters[k].read(low.down).flatten(1), low.scaling
-
-    def _bias(self, k: int, edit: Edit | None, target: Target) -> Tensor:
-        if edit is None or edit.added is None:
-            return torch.zeros(target.shape, dtype=torch.float64)
-        key, factor = edit.added
-        return self.adapters[k].read(key).double() * factor
-
-    def _whole(self, k: int, edit: Edit | None) -> Tensor | None:
-        return None if edit is None or edit.replaced is None else self.adapters[k].read(edit.replaced)
-
-    def _merged(self, name: str, changes: Sequence[Tensor]) -> Tensor:
-        """The rule on one tensor: a plan of nothing else, over the changes as they are at hand."""
-        info = TensorInfo(tuple(changes[0].shape), "F64")
-        held = {a.ref: Held(a.ref, {name: info}, {name: x}) for a, x in zip(self.adapters, changes, strict=True)}
-        held[ZERO] = Held(ZERO, {name: info}, {name: torch.zeros_like(changes[0])})
-        tensor = replace(self.plan.tensors[name], info=info)
-        return Merged(replace(self.plan, tensors={name: tensor}, sources=held)).read(name)
-
-
-def plan_adapters(recipe: Recipe, *, digests: bool = True) -> AdapterMerge:
-    """Plan a merge of adapters from their headers; no tensor is read.
+def open_adapters(recipe: Recipe, *, digests: bool) -> tuple[tuple[Adapter, ...], Source | None]:
+    """Open the models of a recipe, which are all adapters, and their base where the recipe names it.
 
     Args:
-        recipe: whose `adapter` says the rank of the output.
+        recipe: of whole models, each an adapter.
         digests: whether to keep a digest of what is read, for the receipt.
 
+    Returns:
+        The adapters in the recipe's order, and the base.
+
     Raises:
-        MerganserError: Whatever is wrong with the recipe or an adapter.
+        RefError: If a reference names no adapter.
+        AdapterError: If one cannot be merged faithfully, or they do not belong to one base and one task.
     """
-    assert recipe.adapter is not None
     refs = [i.ref for i in recipe.slices[0].inputs]
     base = _base_of(recipe, refs, digests)
     opened = {ref: _opened(ref, base, digests) for ref in dict.fromkeys(refs)}
@@ -257,20 +90,7 @@ def plan_adapters(recipe: Recipe, *, digests: bool = True) -> AdapterMerge:
     if base is None:
         _refuse_other_bases(adapters)
     _refuse_other_tasks(adapters)
-    targets = {t.name: t for t in _targets(adapters, recipe)}
-    limit = max((t.limit for t in targets.values()), default=0)
-    if not limit:
-        raise AdapterError("no adapter changes a weight that is to be merged", "look at keep")
-    rank = recipe.adapter.rank
-    if rank is not None and rank > limit:
-        raise ParameterError(
-            f"adapter.rank is {rank}, and no weight's merged change has a rank above {limit}",
-            "rank: keep cuts nothing off",
-        )
-    ranks = {n: min(rank or t.limit, t.limit) for n, t in targets.items() if t.kind == "core"}
-    if base is None:
-        _refuse_changed_wholes(targets, adapters)
-    return AdapterMerge(recipe, adapters, base, targets, ranks, _plan(recipe, targets, refs))
+    return adapters, base
 
 
 def common(adapters: Sequence[Adapter], key: str) -> Any:
@@ -285,35 +105,6 @@ def parts_of(ref: str) -> tuple[str | None, str]:
         return None, ref
     base, _, adapter = ref.rpartition("+")
     return base, adapter
-
-
-def _plan(recipe: Recipe, targets: Mapping[str, Target], refs: Sequence[str]) -> Plan:
-    """The plan over a base of zeros; where a method takes its base for a model, the first adapter is that."""
-    rules, inputs = rules_of(recipe.method), list(recipe.slices[0].inputs)
-    based: Input | None = Input(ZERO) if rules.needs_base else None
-    if rules.base_is_model:
-        based = inputs.pop(0)
-    slices = (replace(recipe.slices[0], inputs=tuple(inputs), base=None),)
-    inner = replace(recipe, base=based, slices=slices, dtype=None, keep=(), adapter=None)
-    infos = {n: TensorInfo(_size(t), "F64") for n, t in targets.items()}
-    plan = make_plan(inner, {ref: Held(ref, infos) for ref in (*refs, ZERO)})
-    # What a weight is to a method is judged by the whole weight, not by its core.
-    roles = assign_roles(Held("the adapters", {n: TensorInfo(_dense(t), "F64") for n, t in targets.items()}))
-    tensors = {n: replace(p, role=_role(targets[n], roles[n])) for n, p in plan.tensors.items()}
-    return replace(plan, tensors=tensors)
-
-
-def _size(target: Target) -> tuple[int, ...]:
-    """Shape of what is merged, by headers."""
-    return (target.limit, target.limit) if target.kind == "core" else target.shape
-
-
-def _dense(target: Target) -> tuple[int, ...]:
-    return target.shape[::-1] if target.embedding else target.shape
-
-
-def _role(target: Target, role: Role) -> Role:
-    return "matrix" if target.kind == "core" and is_matrix(role) else role
 
 
 def _base_of(recipe: Recipe, refs: Sequence[str], digests: bool) -> Source | None:
@@ -425,65 +216,6 @@ def _fitting(own: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return found
 
 
-def _targets(adapters: Sequence[Adapter], recipe: Recipe) -> Iterator[Target]:
-    names = sorted(dict.fromkeys(name for a in adapters for name in a.edits))
-    for name in names:
-        if matches(name, recipe.keep):
-            continue
-        edits = tuple(a.edits.get(name) for a in adapters)
-        drafts = {a.ref: _target(name, a, e, edits) for a, e in zip(adapters, edits, strict=True) if e is not None}
-        first, lead = next(iter(drafts.items()))
-        for ref, other in drafts.items():
-            if other.kind != lead.kind or other.embedding != lead.embedding:
-                raise AdapterError(
-                    f"{first} and {ref} change {name} in different ways: {_how(lead)}, {_how(other)}", AS_MODELS
-                )
-            if other.module != lead.module:
-                raise AdapterError(
-                    f"{name} is called {lead.module} in {first}, and {other.module} in {ref}",
-                    "the adapters were trained on different classes of the model; no adapter fits both",
-                )
-            if other.shape != lead.shape:
-                raise ShapeError(f"the change of {name} is {lead.shape} in {first}, and {other.shape} in {ref}")
-        dtype = recipe.dtype
-        if dtype is None or lead.dtype not in FLOAT_DTYPES:
-            wide = TORCH_DTYPES[lead.dtype]
-            for other in drafts.values():
-                wide = torch.promote_types(wide, TORCH_DTYPES[other.dtype])
-            dtype = DTYPE_NAMES[wide]
-        ranks = sum(a.info(e.low_rank.down).shape[0] for a, e in zip(adapters, edits, strict=True) if e and e.low_rank)
-        limit = min(lead.shape[0], prod(lead.shape[1:]), ranks) if lead.kind == "core" else 0
-        yield replace(lead, dtype=dtype, limit=limit)
-
-
-def _target(name: str, adapter: Adapter, edit: Edit, edits: tuple[Edit | None, ...]) -> Target:
-    """A tensor as one adapter sees it."""
-    if edit.replaced is not None:
-        info = adapter.info(edit.replaced)
-        module = edit.replaced.removeprefix(PREFIX).replace(".base_layer.", ".")
-        return Target(name, "whole", module, info.shape, edits, info.dtype)
-    if edit.added is not None:
-        info = adapter.info(edit.added[0])
-        return Target(name, "bias", _module_of(edit.added[0]), info.shape, edits, info.dtype)
-    assert edit.low_rank is not None
-    up, down = adapter.info(edit.low_rank.up), adapter.info(edit.low_rank.down)
-    wide = torch.promote_types(TORCH_DTYPES[up.dtype], TORCH_DTYPES[down.dtype])
-    shape = (up.shape[0], *down.shape[1:])
-    embedding = edit.low_rank.down.endswith(".lora_embedding_A")
-    return Target(name, "core", _module_of(edit.low_rank.up), shape, edits, DTYPE_NAMES[wide], embedding=embedding)
-
-
-def _module_of(key: str) -> str:
-    name = key.removeprefix(PREFIX)
-    return name.removesuffix(next(s for s in ROLES if name.endswith(s)))
-
-
-def _how(target: Target) -> str:
-    if target.kind == "whole":
-        return "as a whole"
-    return "as an embedding" if target.embedding else "by a LoRA"
-
-
 def _refuse_other_bases(adapters: Sequence[Adapter]) -> None:
     named = {
         a.ref: str(a.settings["base_model_name_or_path"]) for a in adapters if a.settings.get("base_model_name_or_path")
@@ -500,14 +232,3 @@ def _refuse_other_tasks(adapters: Sequence[Adapter]) -> None:
     if len(set(tasks.values())) > 1:
         listed = "; ".join(f"{ref}: {task}" for ref, task in tasks.items())
         raise AdapterError(f"the adapters are for different tasks: {listed}", "their task_type must be one")
-
-
-def _refuse_changed_wholes(targets: Mapping[str, Target], adapters: Sequence[Adapter]) -> None:
-    for name, target in targets.items():
-        if target.kind != "whole":
-            continue
-        if missing := [a.ref for a, edit in zip(adapters, target.edits, strict=True) if edit is None]:
-            raise AdapterError(
-                f"{name} is held as a whole by some adapters, and not by {', '.join(missing)}",
-                "its change against the base can be merged: say base: PATH",
-            )

@@ -11,10 +11,10 @@ is below rounding is left out. B and A are never averaged apart: (B_1 + B_2)(A_1
 with another's A.
 
 A rule that sees only inner products and singular values gives in the core what it gives on the whole change. A rule
-that counts directions takes the size of the core for that of the weight: the strength of `iso_c` is min(m, n) / size
-times as large, the ridge of `gram` n / size times. A rule that looks at single entries (ties, dare, breadcrumbs,
-magmax, ...) looks at those of M_i, each the strength of one pair of directions, which is the paper's meaning and not
-what it does to the entries of the whole change.
+that takes the number of directions from the size of the matrix sees p, the adapters times their largest rank, where it
+would see min(m, n): `iso_c` comes out min(m, n) / p times as strong, the ridge of `gram` is n / p times as large. A
+rule that looks at single entries (ties, dare, breadcrumbs, magmax, ...) looks at those of M_i, each the strength of one
+pair of directions, which is the paper's meaning and not what it does to the entries of the whole change.
 
 Source: Panariello et al. 2025, arXiv:2509.17786.
 """

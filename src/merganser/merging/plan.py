@@ -14,10 +14,12 @@ import torch
 from merganser.continual.roles import Role, assign_roles, is_matrix, matches
 from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError
 from merganser.merging.chosen_template import chat_template_of
+from merganser.merging.hints import and_more, patterns, prefix_hint
 from merganser.merging.layers import depth_of, depths, place_of, stands_before
 from merganser.merging.lookup import Rules, rules_of
 from merganser.merging.post import check_posts
 from merganser.merging.recipe import Input, Recipe, Slice
+from merganser.merging.ties import tied
 from merganser.merging.values import Value, resolve
 from merganser.merging.vocabulary import VocabularyPlan, vocabulary_views
 from merganser.numerics import DTYPE_NAMES, TORCH_DTYPES
@@ -111,6 +113,8 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Source]) -> Plan:
     rules = rules_of(recipe.method)
     if problems := check_posts(recipe.post):
         raise ParameterError("; ".join(problems))
+    _refuse_idle(recipe, sources)
+    sources = {**sources, **tied({ref: sources[ref] for ref in recipe.refs})}
     template = chat_template_of(recipe, sources)
     vocabulary = vocabulary_views(recipe, sources)
     if vocabulary is not None:
@@ -128,6 +132,14 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Source]) -> Plan:
         raise ParameterError("nothing would be merged", "the layer ranges are empty")
     aliases = {a: n for a, n in sources[donor].aliases.items() if n in tensors and a not in tensors}
     return Plan(recipe, rules, sources, dict(sorted(tensors.items())), aliases, donor, stacks, vocabulary, template)
+
+
+def _refuse_idle(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    for pattern in recipe.keep:
+        if not any(_fitting((pattern,), sources[ref]) for ref in recipe.refs):
+            raise ParameterError(
+                f"keep: no tensor of the models is called {pattern!r}", "patterns are shell-like: *.bias"
+            )
 
 
 def _fitting(patterns: Sequence[str], source: Source) -> list[str]:
@@ -178,29 +190,39 @@ def _whole(recipe: Recipe, one: Slice, sources: Mapping[str, Source], rules: Rul
     others = {i.ref: sources[i.ref] for i in models}
     names = [n for n in lead.infos if n.startswith(one.module)]
     # A name that the lead ties and another model stores apart is stored apart in the output.
-    names += [a for a in lead.aliases if a.startswith(one.module) and any(a in s.infos for s in others.values())]
+    names += [
+        a
+        for a, n in lead.aliases.items()
+        if a.startswith(one.module) and any(a in s.infos and s.aliases.get(n) != a for s in others.values())
+    ]
     for ref, source in others.items():
         known = {*names, *lead.aliases}
         extra = [n for n in source.infos if n.startswith(one.module) and n not in known]
         if extra := [n for n in extra if not matches(n, recipe.keep)]:
             raise ExtraTensorError(
-                f"{extra[0]}{_more(extra)} is in {ref} and not in {lead.ref}",
-                f"leave it out with keep: ['{extra[0]}']",
+                f"{extra[0]}{and_more(extra)} is in {ref} and not in {lead.ref}",
+                prefix_hint(extra, lead) or f"leave it out with keep: {patterns(extra)}",
             )
+    lacking = {
+        ref: [n for n in names if n not in s.infos and n not in s.aliases and not matches(n, recipe.keep)]
+        for ref, s in others.items()
+    }
     for name in sorted(names):
         copied = matches(name, recipe.keep)
         if not copied:
-            missing = [ref for ref, s in others.items() if name not in s.infos and name not in s.aliases]
+            missing = [ref for ref, absent in lacking.items() if name in absent]
             if missing:
+                absent = lacking[missing[0]]
                 raise MissingTensorError(
-                    f"{name} is in {lead.ref} and not in {', '.join(missing)}",
-                    f"keep: ['{name}'] takes it from {lead.ref}",
+                    f"{name}{and_more(absent)} is in {lead.ref} and not in {', '.join(missing)}",
+                    prefix_hint(absent, others[missing[0]]) or f"keep: {patterns(absent)} takes it from {lead.ref}",
                 )
         yield _Draft(name, one, (name,) * len(models), name if base is not None else None, None, copied)
 
 
 def _stacked(recipe: Recipe, group: Sequence[Slice], sources: Mapping[str, Source], rules: Rules) -> Iterator[_Draft]:
     position = 0
+    ended: dict[str, str] = {}
     for number, one in enumerate(group):
         base, models = _models_of(recipe, one, rules)
         every = [i for i in (base, *models) if i is not None]
@@ -211,6 +233,14 @@ def _stacked(recipe: Recipe, group: Sequence[Slice], sources: Mapping[str, Sourc
             raise ParameterError(f"the models of a slice have different numbers of layers: {where}")
         length = lengths.pop()
         lead, first = sources[every[0].ref], spans[0][0]
+        for stack, count in depths(n for n in lead.infos if n.startswith(one.module)).items():
+            if stack in ended and first < count and length:
+                raise ParameterError(
+                    f"{stack} would have a gap: {ended[stack]}, and a later slice goes on with it",
+                    "stacks of different depths are cut apart with mergekit's modules: {encoder: {slices: ...}}",
+                )
+            if first + length > count:
+                ended[stack] = f"it has {count} layers in {lead.ref}, and a slice takes [{first}, {first + length})"
         for name in lead.infos:
             if not name.startswith(one.module):
                 continue
@@ -364,7 +394,3 @@ def _number(value: object, setting: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ParameterError(f"{setting} of {where} is {value!r}; it is a number")
     return float(value)
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

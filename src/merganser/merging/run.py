@@ -15,13 +15,16 @@ from typing import Any
 import torch
 
 from merganser.checkpoints import open_source
+from merganser.checkpoints.folder import stem_for
 from merganser.checkpoints.lora_config import CONFIG_NAME
 from merganser.checkpoints.overlap import local_paths, refuse_overlap
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, write_json
+from merganser.continual.roles import is_matrix
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.errors import ParameterError
 from merganser.merging.adapter_out import STEM, card_of, config_of, infos_of, receipt_of, write_target
-from merganser.merging.adapters import AdapterMerge, parts_of, plan_adapters
+from merganser.merging.adapter_plan import AdapterMerge, plan_adapters
+from merganser.merging.adapters import parts_of
 from merganser.merging.companions import CARD_NAME, write_companions
 from merganser.merging.digested import Digested
 from merganser.merging.merged import CHUNK_ELEMENTS, Merged
@@ -33,8 +36,8 @@ from merganser.numerics import TORCH_DTYPES
 from merganser.types import Source
 from merganser.version import __version__
 
-#: Least memory that a chunk of eight models takes comfortably.
-DEFAULT_MEMORY_BYTES = 400_000_000
+#: Bytes an element that a rule for whole matrices takes beside its inputs: float64 copies and factors.
+MATRIX_BYTES = 72
 
 
 def merge(recipe: str | Path, out: str | Path, *, lenient: bool = False, **options: Any) -> Path:
@@ -53,7 +56,7 @@ def merge(recipe: str | Path, out: str | Path, *, lenient: bool = False, **optio
         MerganserError: Whatever is wrong with the recipe or its models; then nothing is there.
     """
     recipes, _ = read_recipes(Path(recipe), lenient=lenient)
-    return run(plan_recipes(recipes), Path(out), **options)
+    return run(plan_any(recipes), Path(out), **options)
 
 
 def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS, digests: bool = True) -> Merged:
@@ -113,6 +116,7 @@ def run(
     *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     threads: int | None = None,
+    memory_bytes: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -123,7 +127,8 @@ def run(
         merged: of `plan_recipes` or `plan_any`.
         out: folder to make.
         shard_bytes: size in bytes at which the next file is begun; an adapter is one file.
-        threads: tensors at a time.
+        threads: tensors at a time, at most.
+        memory_bytes: memory that it may take beside Python and torch; fewer tensors at a time keep to it.
         resume: go on with what an interrupted run of the same plan left; leave it again when interrupted. A merge of
             adapters, which is short, begins afresh.
         overwrite: replace a folder that is there.
@@ -133,8 +138,10 @@ def run(
         `out`.
 
     Raises:
+        ParameterError: If the largest tensor alone needs more memory than that.
         MerganserError: If a model cannot be read or merged, or the folder not be written; then nothing is there.
     """
+    threads = fitting_threads(merged, usable_threads(threads), memory_bytes)
     if isinstance(merged, AdapterMerge):
         return _run_adapters(merged, out, threads=threads, overwrite=overwrite, progress=progress)
     began = time.perf_counter()
@@ -146,6 +153,7 @@ def run(
         aliases=merged.aliases,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
+        stem=stem_for(merged.companions()),
         resume=_key(merged) if resume else None,
     ) as writer:
         jobs = [
@@ -153,7 +161,7 @@ def run(
             for name, info in writer.infos.items()
             if name not in writer.done
         ]
-        run_jobs(jobs, threads=usable_threads(threads), progress=progress)
+        run_jobs(jobs, threads=threads, progress=progress)
         companions = write_companions(plan, writer.folder, taken={*writer.files.values()})
         receipt = {
             "merganser": __version__,
@@ -171,9 +179,7 @@ def run(
     return out
 
 
-def _run_adapters(
-    merge: AdapterMerge, out: Path, *, threads: int | None, overwrite: bool, progress: Progress | None
-) -> Path:
+def _run_adapters(merge: AdapterMerge, out: Path, *, threads: int, overwrite: bool, progress: Progress | None) -> Path:
     began = time.perf_counter()
     infos = infos_of(merge)
     total = sum(info.nbytes for info in infos.values())
@@ -183,7 +189,7 @@ def _run_adapters(
             Job(name, partial(write_target, merge, writer, name), merge.job_bytes(name), prod(target.shape))
             for name, target in merge.targets.items()
         ]
-        cuts = run_jobs(jobs, threads=usable_threads(threads), progress=progress)
+        cuts = run_jobs(jobs, threads=threads, progress=progress)
         write_json(writer.folder / CONFIG_NAME, config_of(merge))
         (writer.folder / CARD_NAME).write_text(card_of(merge), "utf-8")
         receipt = {
@@ -211,9 +217,40 @@ def job_bytes(merged: Merged, name: str) -> int:
     if rows is not None and tensor.info.rows:
         elements = elements // tensor.info.rows * (rows[1] - rows[0])
     item = 8 if tensor.info.dtype == "F64" else 4
+    matrix = MATRIX_BYTES if rows is None and is_matrix(tensor.role) else 0
     sources = [p for p in (*tensor.models, tensor.base) if p is not None]
     stored = sum(TORCH_DTYPES[merged.plan.sources[p.ref].infos[p.name].dtype].itemsize for p in sources)
-    return elements * (stored + item * (2 * len(sources) + 6)) + (1 << 20)
+    return elements * (stored + item * (2 * len(sources) + 6) + matrix) + (1 << 20)
+
+
+def peak_bytes(merged: Merged | AdapterMerge, threads: int) -> int:
+    """Predicted memory in bytes of a merge beside Python and torch: its largest tensors at once."""
+    return sum(sorted(_sizes(merged).values(), reverse=True)[:threads])
+
+
+def fitting_threads(merged: Merged | AdapterMerge, threads: int, memory_bytes: int | None) -> int:
+    """As many tensors at a time as the memory allows.
+
+    Raises:
+        ParameterError: If it does not allow one.
+    """
+    if memory_bytes is None:
+        return threads
+    for count in range(threads, 0, -1):
+        if peak_bytes(merged, count) <= memory_bytes:
+            return count
+    size, name = max((size, name) for name, size in _sizes(merged).items())
+    recipe = merged.recipe if isinstance(merged, AdapterMerge) else merged.plan.recipe
+    raise ParameterError(
+        f"{name} alone takes about {size:,} bytes with {recipe.method}, and {memory_bytes:,} are allowed",
+        "allow more with --memory; methods that need singular values hold one tensor of every model",
+    )
+
+
+def _sizes(merged: Merged | AdapterMerge) -> dict[str, int]:
+    if isinstance(merged, AdapterMerge):
+        return {name: merged.job_bytes(name) for name in merged.targets}
+    return {name: job_bytes(merged, name) for name in merged.infos}
 
 
 def _files(plan: Plan) -> dict[str, Source]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from merganser.continual.roles import matches
 from merganser.errors import DtypeError, MissingTensorError, ShapeError
 from merganser.merging.layers import place_of
+from merganser.merging.ties import Tied
 from merganser.numerics import TORCH_DTYPES, narrowed
 from merganser.types import FLOAT_DTYPES, Source, TensorInfo
 
@@ -270,5 +271,7 @@ def _found(source: Source, name: str, model: Source) -> str:
 
 
 def unwrapped(source: Source) -> Source:
-    """What a model is without the view of its vocabulary."""
-    return source.source if isinstance(source, VocabularyView) else source
+    """What a model is without the views of its vocabulary and of its ties."""
+    while isinstance(source, VocabularyView | Tied):
+        source = source.source
+    return source

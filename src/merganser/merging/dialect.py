@@ -30,7 +30,7 @@ DIALECT_DEFAULTS: Mapping[str, Mapping[str, Scalar]] = {
     "della_linear": {**_THINNED, "rescale": "l1", "epsilon": 0.3, "row": "last"},
     "breadcrumbs": {**_THINNED, "gamma": 0.01, "rescale": "none", "excess": "density"},
     "breadcrumbs_ties": {**_THINNED, "gamma": 0.01, "rescale": "none", "excess": "density"},
-    "sce": {"select_topk": 1.0, "count": "floor", "cancelled": "plus"},
+    "sce": {"select_topk": 1.0, "count": "floor", "among": "differing", "cancelled": "plus"},
     "ram": {"epsilon": 1e-5},
     "ramplus_tl": {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},
     "model_stock": {"filter_wise": False, "negative": True},

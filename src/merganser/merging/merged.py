@@ -288,14 +288,21 @@ class Merged:
         assert row.ranks is not None
         score, numel = row.score, prod(tensor.info.shape)
         given = self._given(tensor)
-        spans = []
-        for k in range(1 if row.shared else len(tensor.models)):
-            span = row.ranks(numel, {n: (v[k] if isinstance(v, tuple) else v) for n, v in given.items()})
-            assert 0 <= span[0] <= span[1] <= numel
-            spans.append(span)
 
         def scores() -> Iterator[list[Tensor]]:
             return ([*score(self._stack(tensor, part, changes=changes)[0])] for part in parts)
+
+        counted: list[int] = []
+        spans = []
+        for k in range(1 if row.shared else len(tensor.models)):
+            own = {n: (v[k] if isinstance(v, tuple) else v) for n, v in given.items()}
+            span = row.ranks(numel, own)
+            if given.get("among") == "differing" and span != (0, numel):  # a share of some, where it is not all
+                if not counted:
+                    counted = [sum(int(torch.count_nonzero(x)) for x in of) for of in zip(*scores(), strict=True)]
+                span = row.ranks(counted[k], own)
+            assert 0 <= span[0] <= span[1] <= numel
+            spans.append(span)
 
         sought = [None if start == stop or (start, stop) == (0, numel) else (start, stop) for start, stop in spans]
         found: list[Ranked | None] = [None] * len(spans)

@@ -4,7 +4,8 @@
     e_k = sum of x_k**2 over the tensor        w_k = e_k / sum_j e_j        v = sum_k x_k
     D   = sum_k a_k w_k x_k / sum_k a_k w_k    a_k = 1 where x_k v > 0, else 0
 
-The variance divides by the number of models. Weights are those of a tensor.
+n counts all entries, or with among "differing" those in which the models differ, as in mergekit. The variance
+divides by the number of models. Weights are those of a tensor.
 
 Source: Wan et al. 2024, arXiv:2408.07990 (FuseChat), section 3.3.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from merganser.errors import ParameterError
 from merganser.methods.joint._elect import elected
 from merganser.methods.joint._keep import entries, kept, shares_of
 from merganser.numerics import per_model
@@ -49,7 +51,7 @@ def sce_ranks(n: int, settings: Mapping[str, Any]) -> tuple[int, int]:
     """The ranks that are kept: the first round(select_topk n), at least one.
 
     Args:
-        n: entries of the tensor.
+        n: entries that count.
         settings: select_topk, and how to count.
 
     Raises:
@@ -69,6 +71,7 @@ def sce(
     energy: Float[Tensor, " K"] | Sequence[float],
     select_topk: float = 1.0,
     count: str = "round",
+    among: str = "all",
     cancelled: str = "none",
 ) -> Float[Tensor, "*S"]:
     """Mean of the selected changes that agree in sign, weighted by energy.
@@ -79,6 +82,7 @@ def sce(
         energy: sum of squares of the kept entries of each whole change.
         select_topk: share of the entries that is selected, in (0, 1].
         count: "round" selects the nearest whole number of entries, "floor" the one below; at least one.
+        among: whether "all" entries of a tensor count, or those in which the models are "differing".
         cancelled: sign where the votes add up to 0: "none", so that the entry is 0, or "plus".
 
     Returns:
@@ -93,6 +97,8 @@ def sce(
     """
     shares_of("select_topk", select_topk, 1)
     entries(1.0, 1, count)
+    if among not in ("all", "differing"):
+        raise ParameterError(f"among is {among!r}; it is 'all' or 'differing'")
     energies = per_model(energy.tolist() if isinstance(energy, Tensor) else energy, len(d))
     largest = max(energies)
     if not largest > 0:

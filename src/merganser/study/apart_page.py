@@ -73,7 +73,9 @@ def write_page(node: HalvesNode | LinesNode, out: Path, *, draws: bool = True) -
     shown = [f"![{name}]({name}.png)" for name in pictures if draws]
     for name, draw in pictures.items() if draws else ():
         (out / f"{name}.png").write_bytes(draw())
-    text = "\n\n".join([f"# {node.title}", _setting(node), *(t.markdown() for t in tables), *shown])
+    text = "\n\n".join(
+        [f"# {node.title}", _setting(node, [t.title for t in tables]), *(t.markdown() for t in tables), *shown]
+    )
     (out / "report.md").write_text(text + "\n", "utf-8")
     (out / "scores.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     return tables
@@ -90,9 +92,9 @@ def _cell(values: Sequence[float], digits: int = 1) -> str:
     return f"{it['mean']:.{digits}f}" + ("" if it["deviation"] is None else f" ± {it['deviation']:.{digits}f}")
 
 
-def _setting(node: HalvesNode | LinesNode) -> str:
-    """How it was measured, in words."""
-    p = node.pictures
+def _setting(node: HalvesNode | LinesNode, shown: Sequence[str]) -> str:
+    """How it was measured, in words, with the training of the networks that are shown."""
+    p, trainings = node.pictures, _trainings(n for n in node.networks.values() if n.label in shown)
     judged = "all" if p.test is None else f"{p.test:,}"
     shared = (
         f"Mean ± standard deviation over pairs; n = {judged} test pictures. Labels are used to train and to judge, and "
@@ -104,7 +106,7 @@ def _setting(node: HalvesNode | LinesNode) -> str:
             "Two networks learn one task from two seeds. Barrier: the largest rise of the mean cross entropy on the "
             f"line between them above the straight line between its ends, {node.points} places, in nats. {shared}."
         )
-        return f"{said} {_trainings(node.networks.values())}"
+        return f"{said} {trainings}"
     zips, balances = node.zipping, ", ".join(f"{x:g}" for x in node.balances)
     said = (
         "Two networks learn a half of the classes each, from different starts; a split is a seed of halves, weights "
@@ -115,7 +117,7 @@ def _setting(node: HalvesNode | LinesNode) -> str:
         "the groups. BatchNorm of the networks themselves is measured on both halves, too. s: of merging, without "
         "judging; what rules share counts for the first."
     )
-    return f"{said} {_trainings(node.networks.values())}"
+    return f"{said} {trainings}"
 
 
 def _trainings(networks: Iterable[HalvesNetwork | LinesNetwork]) -> str:

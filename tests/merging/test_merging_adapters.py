@@ -522,7 +522,7 @@ def test_another_recipe_s_output_is_no_adapter(tmp_path: Path) -> None:
     text = f"name: first\n{LINEAR}---\n{LINEAR.replace('a1', 'first')}"
     assert error_of(tmp_path, text, ParameterError).startswith("first is a recipe of this file, and adapters are")
     text = f"name: first\n{LINEAR}---\nmethod: linear\nmodels: [first, a1]\n"
-    assert error_of(tmp_path, text, ParameterError).startswith("first merges adapters with each other, and nothing")
+    assert error_of(tmp_path, text, ParameterError).startswith("first merges adapters with each other, which only")
     (tmp_path / "recipe.yaml").write_text(LINEAR)
     with pytest.raises(ParameterError, match="the recipe merges adapters with each other"):
         plan_recipes(read_recipes(tmp_path / "recipe.yaml")[0])

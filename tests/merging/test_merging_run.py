@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -317,12 +318,109 @@ def test_nan_is_named_and_overflow_too(family: list[Path], tmp_path: Path) -> No
     assert "overflows F16" in refused(NonFiniteError, tmp_path / "out", huge)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ties", {"settings": {"density": 1.5}}, "density is 1.5"),
+        ("dare_ties", {"settings": {"density": Gradient((0.5, 0.0))}}, "density is 0"),
+        ("linear", {"each": {"expert-01": {"weight": -1.0}}}, "add up to 0"),
+        ("task_arithmetic", {"post": (("subspace_boosting", {"beta": 7}),)}, "beta is 7"),
+        ("gram", {"settings": {"eps": -1.0}}, "eps is -1"),
+        ("iso_cts", {"settings": {"common_space_fraction": 3}}, "is 3"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_the_plan(
+    method: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    models = [save(layered(3, seed), tmp_path / f"expert-0{seed}") for seed in (0, 1, 2)]
+    one = recipe(method, models[1:], None if method == "linear" else models[0], **options)
+    with pytest.raises(ParameterError, match=message) as caught:
+        plan_recipes([one])
+    assert ".weight: " in caught.value.message
+
+
 def test_memory_that_is_too_small_is_refused_before_any_work(family: list[Path], tmp_path: Path) -> None:
     one = recipe("iso_cts", family[1:], family[0])
     with pytest.raises(ParameterError, match=r"alone takes about [\d,]+ bytes with iso_cts, and 1,000 are allowed"):
         merged(tmp_path / "out", one, memory_bytes=1000)
     assert not (tmp_path / "out").exists()
     assert merged(tmp_path / "out", one, threads=8, memory_bytes=4_000_000).keys() == load(family[0]).keys()
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "sce", "arcee_fusion", "gram", "star", "iso_c", "opcm", "ties", "karcher"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_of_any_model_is_refused_by_every_kind_of_method(method: str, value: float, tmp_path: Path) -> None:
+    family = save_family(tmp_path / "models", 2, names=("wide.weight", "norm.weight"))
+    model = load(family[1])
+    model["wide.weight"][2, 3] = value
+    bad = save(model, tmp_path / "bad")
+    others = [] if method == "arcee_fusion" else [family[2]]
+    base = None if method in ("linear", "karcher") else family[0]
+    message = refused(NonFiniteError, tmp_path / "out", recipe(method, [bad, *others], base))
+    assert f"wide.weight of {bad} holds NaN or infinity" in message
+
+
+def test_a_stage_is_computed_once_for_the_chunks_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from merganser.methods.joint import MERGES
+
+    generator = torch.Generator().manual_seed(0)
+    folders = [save({"a.weight": torch.randn(300, 700, generator=generator)}, tmp_path / f"m{i}") for i in range(3)]
+    calls = []
+    row = MERGES["star"]
+
+    def counted(d: Any, **options: Any) -> torch.Tensor:
+        calls.extend([1] if d[0].numel() else [])  # the plan tries settings on empty tensors
+        return row.function(d, **options)
+
+    counted.__wrapped__ = row.function  # type: ignore[attr-defined]
+    monkeypatch.setitem(MERGES, "star", replace(row, function=counted))
+    one = recipe("star", folders[1:], folders[0], name="s")
+    two = recipe("ties", [Path("s"), folders[1]], folders[0], settings={"density": 0.4})
+    merged(tmp_path / "out", one, two, chunk_elements=1)
+    assert len(calls) == 1
+
+
+def test_noise_is_the_recipe_s_wherever_it_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from merganser.merging.run import merge
+
+    (tmp_path / "d").mkdir()
+    save_family(tmp_path / "d" / "m", 2, names=("wide.weight", "norm.weight"))
+    text = "method: dare_linear\nbase: m/base\nmodels: [m/expert-01, m/expert-02]\n"
+    (tmp_path / "d" / "r.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    one = load(merge("d/r.yaml", "one"))
+    monkeypatch.chdir(tmp_path / "d")
+    two = load(merge("r.yaml", "../two"))
+    three = load(merge(tmp_path / "d" / "r.yaml", "../three"))
+    assert all(torch.equal(one[n], two[n]) and torch.equal(one[n], three[n]) for n in one)
+
+
+def test_other_shards_begin_anew(killed: tuple[Path, list[list[int]]], tmp_path: Path) -> None:
+    from merganser.merging.native import read_recipes
+
+    root, outcomes = killed
+    left = next(p for n in range(len(outcomes) - 1, 0, -1) for p in (root / f"merge-{n}").glob(".out.partial-*"))
+    shutil.copytree(left, tmp_path / left.name)
+    recipes, _ = read_recipes(root / "recipe.yaml")
+    out = run(plan_recipes(recipes), tmp_path / "out", threads=1, resume=True, shard_bytes=100)
+    assert all("-of-" in p.name for p in out.glob("*.safetensors"))
+
+
+def test_failed_merge_can_go_on(tmp_path: Path) -> None:
+    family = save_family(tmp_path / "models", 2, names=("large.weight", "norm.weight", "wide.weight"))
+    model = load(family[2])
+    whole = model["wide.weight"].clone()
+    model["wide.weight"][0, 0] = float("nan")
+    bad = save(model, tmp_path / "bad")
+    one = recipe("linear", [family[1], bad])
+    with pytest.raises(NonFiniteError):
+        merged(tmp_path / "out", one, resume=True)
+    (journal,) = tmp_path.glob(".out.partial-*/.journal")
+    assert len(journal.read_text().splitlines()) > 1
+    assert not (tmp_path / "out").exists()
+    assert whole.isfinite().all()
 
 
 def test_output_inside_an_input_is_refused(family: list[Path]) -> None:

@@ -171,7 +171,12 @@ NATIVE = [
         LINEAR + "models: [b]\npost: [{a: {}, b: {}}]",
         "line 3: post[0]: must be a name, or one name with its settings: {name: {setting: value}}",
     ),
-    (LINEAR + "models: [b]\npost: [{svc: {alpha: .nan}}]", "line 3: post.svc.alpha: nan is not finite"),
+    (
+        "method: linear\nmodels: [a, b]\npost: [svc]",
+        "line 3: post: linear merges whole models, so there is no change to process; "
+        "choose a method of changes, such as task_arithmetic",
+    ),
+    ("method: mean\nbase: a\nmodels: [b]\npost: [{svc: {alpha: .nan}}]", "line 4: post.svc.alpha: nan is not finite"),
     (
         LINEAR + "models: [b]\nkeep: [1]",
         "line 3: keep[0]: must be a pattern of names, and is a number 1; put it in quotes if it is meant",

@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from merganser.checkpoints.journal import Journal, adopted
-from merganser.errors import OutputError
+from merganser.errors import MerganserError, OutputError
 from merganser.numerics import narrowed, raw_bytes
 from merganser.types import ITEM_BYTES, TensorInfo
 
@@ -57,7 +57,7 @@ class FolderTransaction:
             if target.exists() and any(target.iterdir()):
                 if not overwrite:
                     raise OutputError(
-                        f"{target} exists", "choose another name; export and convert can also --overwrite"
+                        f"{target} exists", "choose another name; merge, export and convert can also --overwrite"
                     )
                 if not (target / RECEIPT_NAME).is_file():
                     raise OutputError(f"{target} holds no {RECEIPT_NAME}: it was not made here", "remove it yourself")
@@ -376,4 +376,4 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.abort(leave=self._journal is not None and isinstance(error, KeyboardInterrupt))
+        self.abort(leave=self._journal is not None and isinstance(error, KeyboardInterrupt | MerganserError))

@@ -30,7 +30,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that was made here.")] = False,
     threads: Annotated[int | None, typer.Option(help="Tensors at a time; all processors by default.")] = None,
     memory: Memory = None,
-    shard_bytes: Annotated[int, typer.Option(help="Bytes at which the next file is begun.")] = 5_000_000_000,
+    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes at which the next file is begun.")] = 5_000_000_000,
 ) -> None:
     """Merge several models into one, tensor by tensor, in constant memory.
 

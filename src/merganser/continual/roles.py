@@ -63,7 +63,8 @@ def assign_roles(
             roles[name] = "fixed"
         elif info.dtype not in (*FLOAT_DTYPES, *EXACT_DTYPES):
             raise DtypeError(
-                f"{name} of {base.ref} is {info.dtype}, which cannot be merged", "dequantise the model, or freeze it"
+                f"{name} of {base.ref} is {info.dtype}, which cannot be merged",
+                "dequantise the model, or freeze it",
             )
         elif matches(name, vector) and info.dtype in FLOAT_DTYPES:
             roles[name] = "vector"

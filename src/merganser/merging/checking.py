@@ -16,6 +16,7 @@ from merganser.merging.post import check_posts
 from merganser.merging.reading import kind_of, short, unknown
 from merganser.merging.recipe import Input, Recipe, Settings, Slice
 from merganser.merging.values import Choice, Gradient, Scalar, Value
+from merganser.methods.joint import Joint
 
 #: What the name of a method ends on that does with changes what another does with whole models.
 DELTA = "_delta"
@@ -133,6 +134,12 @@ class _Check:
             place = f"modules.{module.removesuffix('.') or 'default'}.{words.settings}"
             yield from self.level(place, settings, shared)
         yield from self.missing()
+        row = self.rules.method
+        if self.recipe.post and isinstance(row, Joint) and "d" not in row.needs:
+            yield (
+                f"post: {self.rules.name} merges whole models, so there is no change to process; "
+                "choose a method of changes, such as task_arithmetic"
+            )
         for name, settings in self.recipe.post:
             for setting, value in settings.items():
                 yield from _finite(f"post.{name}.{setting}", value)

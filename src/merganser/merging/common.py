@@ -34,13 +34,20 @@ class Origin:
     Attributes:
         folder: of the recipe file.
         names: of the recipes of the file.
+        written: references as they are written, by what they were resolved to; grows as they are read.
     """
 
     folder: Path
     names: Collection[str] = field(default_factory=tuple)
+    written: dict[str, str] = field(default_factory=dict)
 
     def located(self, ref: str) -> str:
         """A reference with every relative path that exists beside the recipe seen from the working folder."""
+        found = self._located(ref)
+        self.written.setdefault(found, ref)
+        return found
+
+    def _located(self, ref: str) -> str:
         if ref in self.names or ref.startswith("hf:"):
             return ref
         name, colons, key = ref.partition("::")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from inspect import signature
+from dataclasses import replace
 from math import inf, prod
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,13 @@ from torch import Tensor
 from merganser.continual.kinds import kind_of
 from merganser.continual.roles import is_matrix
 from merganser.errors import DtypeError, NonFiniteError
+from merganser.merging.parts import Measured, kept_of, refuse_nonfinite, restored, seen
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.post import finished
 from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
 from merganser.merging.survey import cell_rows, chunk_rows, inner_products, sums
-from merganser.methods.joint import Joint, Locality
+from merganser.merging.vocabulary_rows import unwrapped
+from merganser.methods.joint import Joint, Locality, names_of
 from merganser.noise import uniform
 from merganser.numerics import compute_dtype, narrowed, sum_is_finite
 from merganser.types import TensorInfo
@@ -33,21 +33,6 @@ from merganser.types import TensorInfo
 CHUNK_ELEMENTS = 1 << 17
 
 Rows = tuple[int, int] | None
-
-
-@dataclass
-class _Measured:
-    """What was measured of one whole tensor.
-
-    Attributes:
-        brought: figures that the function asks for.
-        ranks: for each model (or for all at once) which entries are kept; None where the function does not ask.
-        position: row that must be asked for next, since ranks are given out in order.
-    """
-
-    brought: dict[str, Any]
-    ranks: list[Ranked | None] | None = None
-    position: int = 0
 
 
 class Merged:
@@ -70,7 +55,8 @@ class Merged:
         self.aliases: Mapping[str, str] = dict(plan.aliases)
         if plan.vocabulary is not None:
             self.tokenizer_files = plan.vocabulary.files
-        self._measured: dict[str, _Measured] = {}
+        self._measured: dict[str, Measured] = {}
+        self._whole: dict[str, Tensor] = {}
         self._locks = {name: threading.RLock() for name in plan.tensors}
 
     def companions(self) -> Sequence[Path]:
@@ -97,18 +83,34 @@ class Merged:
         if tensor.role in ("fixed", "exact"):
             return self._copied(name, tensor, rows)
         with self._locks[name]:
-            if rows is not None and self._locality(tensor) == "tensor":
-                return self.read(name)[rows[0] : rows[1]]
+            if rows is not None and self._reads_whole(name, tensor, rows):
+                if name not in self._whole:
+                    self._whole[name] = self.read(name)
+                return self._whole[name][rows[0] : rows[1]]
             if rows is None and self._locality(tensor) != "tensor" and tensor.info.shape:
                 return torch.cat([self.read(name, part) for part in self.chunks(name)])
             merged = self._merged(name, tensor, rows)
         if not (sum_is_finite(merged) or bool(torch.isfinite(merged).all())):
-            self._blame(name, tensor, rows)
+            raise NonFiniteError(f"the merged {name} is not finite", "the weights or the scale are too large")
         return narrowed(merged, tensor.info.dtype, name)
 
+    def _reads_whole(self, name: str, tensor: TensorPlan, rows: tuple[int, int]) -> bool:
+        """Whether rows are cut from the whole tensor, which is kept until it is forgotten.
+
+        The method needs it whole, or rows are asked for in no order, and would be measured again and again.
+        """
+        measured = self._measured.get(name)
+        jumps = measured is not None and rows[0] not in (0, measured.position)
+        return name in self._whole or jumps or self._locality(tensor) == "tensor"
+
     def forget(self, name: str) -> None:
-        """Drop what was measured of a tensor that is not read again."""
+        """Drop what is kept of a tensor that is not read again, in the stages before this one too."""
         self._measured.pop(name, None)
+        self._whole.pop(name, None)
+        tensor = self.plan.tensors[name]
+        for piece in (*tensor.models, *([tensor.base] if tensor.base is not None else [])):
+            if isinstance(stage := unwrapped(self.plan.sources[piece.ref]), Merged):
+                stage.forget(piece.name)
 
     # what goes into the function
 
@@ -119,6 +121,10 @@ class Merged:
         """Models, or models minus the base, and the base."""
         old = self._read(tensor.base, rows) if tensor.base is not None else None
         stored = [self._read(piece, rows) for piece in tensor.models]
+        for piece, x in zip(tensor.models, stored, strict=True):
+            refuse_nonfinite(piece, x)
+        if old is not None and tensor.base is not None:
+            refuse_nonfinite(tensor.base, old)
         dtype = compute_dtype(torch.float64 if any(x.dtype == torch.float64 for x in stored) else stored[0].dtype)
         if old is not None and old.dtype == torch.float64:
             dtype = torch.float64
@@ -171,13 +177,13 @@ class Merged:
         if not isinstance(row, Joint):
             return self._folded(name, tensor, rows)
         function, matrix = self._rule(tensor)
-        needs = _names(function)
+        needs = names_of(function)
         changes = "d" in needs
         stack, base = self._stack(tensor, rows, changes=changes)
-        seen = [_seen(x, tensor) for x in stack] if matrix else stack
-        brought: dict[str, Any] = {"d": seen, "x": seen, "weight": tensor.weight}
+        shown = [seen(x, tensor) for x in stack] if matrix else stack
+        brought: dict[str, Any] = {"d": shown, "x": shown, "weight": tensor.weight}
         if base is not None:
-            brought["base"] = _seen(base, tensor) if matrix else base
+            brought["base"] = seen(base, tensor) if matrix else base
         for kind in needs & {"gram", "fisher"}:
             part = rows if kind == "fisher" else None
             read = [
@@ -191,10 +197,10 @@ class Merged:
             measured = self._measure(name, tensor, rows, function)
             brought |= measured.brought
             if measured.ranks is not None:
-                brought["keep"] = _kept(row, measured, stack)
+                brought["keep"] = kept_of(row, measured, stack)
             measured.position = rows[1] if rows is not None else tensor.info.rows
         merged = function(**{n: v for n, v in {**brought, **self._settings(tensor, function)}.items() if n in needs})
-        merged = _restored(merged, tensor) if matrix else merged
+        merged = restored(merged, tensor) if matrix else merged
         if not changes:
             return merged
         assert base is not None
@@ -207,7 +213,7 @@ class Merged:
         return {**self.plan.rules.settings, **tensor.settings}
 
     def _settings(self, tensor: TensorPlan, function: Any) -> dict[str, Any]:
-        return {n: v for n, v in tensor.settings.items() if n in _names(function)}
+        return {n: v for n, v in tensor.settings.items() if n in names_of(function)}
 
     def _mean(self, tensor: TensorPlan, rows: Rows) -> Tensor:
         """Running statistics: the mean weighted by the sizes of the weights, whatever the method."""
@@ -241,7 +247,7 @@ class Merged:
 
     # what is measured
 
-    def _measure(self, name: str, tensor: TensorPlan, rows: Rows, function: Any) -> _Measured:
+    def _measure(self, name: str, tensor: TensorPlan, rows: Rows, function: Any) -> Measured:
         start = rows[0] if rows is not None else 0
         found = self._measured.get(name)
         if found is None or start != found.position:
@@ -249,14 +255,14 @@ class Merged:
             for part in self.chunks(name) if start else ():
                 if part is None or part[0] >= start:
                     break
-                stack, _ = self._stack(tensor, (part[0], min(part[1], start)), changes="d" in _names(function))
+                stack, _ = self._stack(tensor, (part[0], min(part[1], start)), changes="d" in names_of(function))
                 if found.ranks is not None:
-                    _kept(_joint(self.plan), found, stack)
+                    kept_of(_joint(self.plan), found, stack)
             found.position = start
         return found
 
-    def _fresh(self, name: str, tensor: TensorPlan, function: Any) -> _Measured:
-        needs, row = _names(function), _joint(self.plan)
+    def _fresh(self, name: str, tensor: TensorPlan, function: Any) -> Measured:
+        needs, row = names_of(function), _joint(self.plan)
         changes, shape = "d" in needs, tensor.info.shape
         cell = cell_rows(shape)
         whole = self._locality(tensor) == "tensor" or not shape
@@ -265,7 +271,7 @@ class Merged:
         def stacks() -> Iterator[list[Tensor]]:
             return (self._stack(tensor, part, changes=changes)[0] for part in parts)
 
-        measured = _Measured({})
+        measured = Measured({})
         asked = self._asked(tensor, needs)
         if "dots" in asked:
             measured.brought["dots"] = inner_products(stacks(), cell)
@@ -327,15 +333,15 @@ class Merged:
         return [x[:: max(1, x.numel() // SAMPLE_ELEMENTS)] for x in every]
 
     def _kept_parts(
-        self, name: str, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, measured: _Measured
+        self, name: str, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, measured: Measured
     ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Changes, chunk by chunk, whole and with zeros where the method does not keep them."""
-        fresh = _Measured({}, [replace(r) if r is not None else None for r in measured.ranks or []])
-        names = _names(row.mask) if row.mask is not None else frozenset()
+        fresh = Measured({}, [replace(r) if r is not None else None for r in measured.ranks or []])
+        names = names_of(row.mask) if row.mask is not None else frozenset()
         for part in parts:
             d, _ = self._stack(tensor, part, changes=True)
             if row.mask is None:
-                kept = _kept(row, fresh, d)
+                kept = kept_of(row, fresh, d)
             else:
                 brought = {"d": d, "u": self._noise(name, tensor, part), **tensor.settings}
                 kept = [*row.mask(**{n: v for n, v in brought.items() if n in names})]
@@ -353,42 +359,15 @@ class Merged:
         start, stop = rows if rows is not None else (0, tensor.info.rows)
         seed = self.plan.recipe.seed
         part = (stop - start, *shape[1:]) if shape else ()
+        written = self.plan.recipe.written
         return [
-            uniform(seed, model.ref, name, start * row_elements, stop * row_elements).reshape(part)
+            uniform(seed, written.get(model.ref, model.ref), name, start * row_elements, stop * row_elements).reshape(
+                part
+            )
             for model in tensor.models
         ]
-
-    def _blame(self, name: str, tensor: TensorPlan, rows: Rows) -> None:
-        for piece in (*tensor.models, *([tensor.base] if tensor.base is not None else [])):
-            if not bool(torch.isfinite(self._read(piece, rows)).all()):
-                raise NonFiniteError(f"{name} of {piece.ref} holds NaN or infinity", "leave the model out")
-        raise NonFiniteError(f"the merged {name} is not finite", "the weights or the scale are too large")
 
 
 def _joint(plan: Plan) -> Joint:
     assert isinstance(plan.rules.method, Joint)
     return plan.rules.method
-
-
-def _kept(row: Joint, measured: _Measured, stack: Sequence[Tensor]) -> list[Tensor]:
-    assert row.score is not None
-    assert measured.ranks is not None
-    return [
-        torch.zeros_like(score) if ranks is None else ranks.mask(score)
-        for ranks, score in zip(measured.ranks, row.score(stack), strict=True)
-    ]
-
-
-def _seen(x: Tensor, tensor: TensorPlan) -> Tensor:
-    """A tensor as a rule for matrices sees it: (out, in)."""
-    flat = x.flatten(1)
-    return flat.T.contiguous() if tensor.role == "transposed" else flat
-
-
-def _restored(x: Tensor, tensor: TensorPlan) -> Tensor:
-    return (x.T if tensor.role == "transposed" else x).reshape(tensor.info.shape)
-
-
-@cache
-def _names(function: Any) -> frozenset[str]:
-    return frozenset(signature(function).parameters)

@@ -118,7 +118,7 @@ def read_recipes(path: Path, *, lenient: bool = False) -> tuple[tuple[Recipe, ..
             recipe, words = mergekit.read(document, origin, lenient=lenient)
         else:
             recipe, words = _read(document, origin)
-        recipe = replace(recipe, name=name, text=document.text)
+        recipe = replace(recipe, name=name, text=document.text, written=dict(origin.written))
         if recipe.method:
             problems.found(check_method(recipe, words), document.lines)
         recipes.append((document, recipe))

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from merganser.continual.roles import Role, assign_roles, is_matrix, matches
+from merganser.continual.roles import Role, assign_roles, matches
 from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError
 from merganser.merging.chosen_template import chat_template_of
 from merganser.merging.hints import and_more, patterns, prefix_hint
 from merganser.merging.layers import depth_of, depths, place_of, stands_before
 from merganser.merging.lookup import Rules, rules_of
 from merganser.merging.post import check_posts
+from merganser.merging.ranges import Ranges
 from merganser.merging.recipe import Input, Recipe, Slice
+from merganser.merging.statistics import statistics_of
 from merganser.merging.ties import tied
 from merganser.merging.values import Value, resolve
 from merganser.merging.vocabulary import VocabularyPlan, vocabulary_views
@@ -124,10 +126,13 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Source]) -> Plan:
     drafts = list(_drafts(recipe, sources, rules))
     stacks = depths(d.name for d in drafts)
     tensors: dict[str, TensorPlan] = {}
+    ranges = Ranges(rules, recipe.post)
     for draft in drafts:
         if draft.name in tensors:
             raise ParameterError(f"{draft.name} would be made twice", "the slices overlap")
-        tensors[draft.name] = _planned(recipe, rules, sources, roles, draft, stacks)
+        tensors[draft.name] = tensor = _planned(recipe, rules, sources, roles, draft, stacks)
+        if tensor.role not in ("fixed", "exact", "statistic"):
+            ranges.check(draft.name, tensor.role, tensor.weight, tensor.settings)
     if not tensors:
         raise ParameterError("nothing would be merged", "the layer ranges are empty")
     aliases = {a: n for a, n in sources[donor].aliases.items() if n in tensors and a not in tensors}
@@ -300,26 +305,8 @@ def _planned(
         depth = depth_of(place.index, stacks[place.stack]) if place is not None else 0.0
     weight, settings = _settings(recipe, rules, draft, models, depth)
     dtype = _out_dtype(recipe, lead_info, infos)
-    measured = _statistics(rules, sources, models, pieces, role) if rules.measured else ()
+    measured = statistics_of(rules, sources, models, pieces, role) if rules.measured else ()
     return TensorPlan(TensorInfo(lead_info.shape, dtype), role, pieces, base_piece, weight, settings, depth, measured)
-
-
-def _statistics(
-    rules: Rules, sources: Mapping[str, Source], models: Sequence[Input], pieces: Sequence[Piece], role: Role
-) -> tuple[str, ...]:
-    """References of the models' statistics, which must hold what the method asks for of a tensor that it merges."""
-    found = []
-    for model, piece in zip(models, pieces, strict=True):
-        if model.statistics is None:
-            raise ParameterError(
-                f"{rules.name} needs statistics of {model.ref}", "merganser measure writes them; statistics: PATH"
-            )
-        infos = sources[model.statistics].infos
-        for kind in rules.measured:
-            if is_matrix(role) and f"{kind}/{piece.name}" not in infos:
-                raise MissingTensorError(f"{kind}/{piece.name} is not in {model.statistics}", "measure the model again")
-        found.append(model.statistics)
-    return tuple(found)
 
 
 def _piece(sources: Mapping[str, Source], model: Input, name: str) -> Piece:

@@ -114,6 +114,8 @@ class Recipe:
         keep: shell patterns of names that stay the base's (or the first model's).
         adapter: where all models are LoRA adapters that are merged with each other; None for whole models.
         text: the recipe as it was written.
+        written: references as they are written there, by what they were resolved to: a model's noise is drawn by its
+            name in the recipe, wherever that is run.
     """
 
     method: str
@@ -130,6 +132,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     adapter: AdapterOut | None = None
     text: str = ""
+    written: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def refs(self) -> tuple[str, ...]:

@@ -76,8 +76,8 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
     for recipe in recipes:
         if recipe.adapter is not None:
             raise ParameterError(
-                f"{recipe.name or 'the recipe'} merges adapters with each other, and nothing here can go on with that",
-                "merge it alone, or leave adapter out and write BASE+ADAPTER for each model",
+                f"{recipe.name or 'the recipe'} merges adapters with each other, which only `merge` and `plan` do",
+                "stages and the doctor take whole models: leave adapter out and write BASE+ADAPTER for each",
             )
         refs = (*recipe.refs, *recipe.statistics)
         for ref in refs:
@@ -154,7 +154,7 @@ def run(
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         stem=stem_for(merged.companions()),
-        resume=_key(merged) if resume else None,
+        resume=f"{_key(merged)} {shard_bytes}" if resume else None,
     ) as writer:
         jobs = [
             Job(name, partial(_write, merged, writer, name), job_bytes(merged, name), info.nbytes)
@@ -170,6 +170,7 @@ def run(
             "method": plan.recipe.method,
             "dialect": plan.recipe.dialect,
             "inputs": {ref: _digests(source) for ref, source in _files(plan).items()},
+            "resumed": sorted(writer.done),
             "seed": plan.recipe.seed,
             "wall_s": round(time.perf_counter() - began, 3),
             "peak_bytes": _peak_rss(),
@@ -253,13 +254,22 @@ def _sizes(merged: Merged | AdapterMerge) -> dict[str, int]:
     return {name: job_bytes(merged, name) for name in merged.infos}
 
 
+def _plans(plan: Plan) -> list[Plan]:
+    """The plan and those of all stages before it, each once."""
+    found: dict[int, Plan] = {}
+    waiting = [plan]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            waiting += [inner.plan for s in one.sources.values() if isinstance(inner := unwrapped(s), Merged)]
+    return list(found.values())
+
+
 def _files(plan: Plan) -> dict[str, Source]:
     """Every source that is read from files, through all stages, by its reference."""
-    found: dict[str, Source] = {}
-    for ref, seen in plan.sources.items():
-        source = unwrapped(seen)
-        found |= _files(source.plan) if isinstance(source, Merged) else {ref: source}
-    return found
+    sources = {ref: unwrapped(source) for one in _plans(plan) for ref, source in one.sources.items()}
+    return {ref: source for ref, source in sources.items() if not isinstance(source, Merged)}
 
 
 def _digests(source: Source) -> dict[str, Any]:
@@ -272,15 +282,12 @@ def _digests(source: Source) -> dict[str, Any]:
 def _key(merged: Merged) -> str:
     """One line that stands for the merge: what every tensor is made of, and the files as they are now."""
     hashed = hashlib.sha256(__version__.encode())
-    plans = [merged.plan]
-    while plans:
-        plan = plans.pop()
+    for plan in _plans(merged.plan):
         recipe = plan.recipe
         parts: list[object] = [recipe.method, recipe.post, recipe.dialect, recipe.seed, recipe.vocabulary]
         parts += [(name, tensor) for name, tensor in plan.tensors.items()]
         parts += [sorted(plan.aliases.items())]
         hashed.update(repr(parts).encode())
-        plans += [inner.plan for source in plan.sources.values() if isinstance(inner := unwrapped(source), Merged)]
     for ref in _files(merged.plan):
         for path in local_paths(ref):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -107,6 +108,12 @@ class Joint:
     def needs_base(self) -> bool:
         """Whether a recipe must name a base."""
         return bool({"d", "base"} & set(self.needs)) or self.base_is_model
+
+
+@cache
+def names_of(function: Rule) -> frozenset[str]:
+    """Names of a function's parameters."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 _TRIMMED: Mapping[str, Any] = {"score": magnitude, "ranks": ties_ranks, "per_model": ("density",)}

@@ -84,9 +84,10 @@ class Merged:
             return self._copied(name, tensor, rows)
         with self._locks[name]:
             if rows is not None and self._reads_whole(name, tensor, rows):
-                if name not in self._whole:
-                    self._whole[name] = self.read(name)
-                return self._whole[name][rows[0] : rows[1]]
+                whole = self._whole.get(name)
+                if whole is None:  # or forgotten meanwhile by another tensor's end
+                    whole = self._whole[name] = self.read(name)
+                return whole[rows[0] : rows[1]]
             if rows is None and self._locality(tensor) != "tensor" and tensor.info.shape:
                 return torch.cat([self.read(name, part) for part in self.chunks(name)])
             merged = self._merged(name, tensor, rows)

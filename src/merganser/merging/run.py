@@ -286,7 +286,7 @@ def _key(merged: Merged) -> str:
         recipe = plan.recipe
         parts: list[object] = [recipe.method, recipe.post, recipe.dialect, recipe.seed, recipe.vocabulary]
         parts += [(name, tensor) for name, tensor in plan.tensors.items()]
-        parts += [sorted(plan.aliases.items())]
+        parts += [sorted(plan.aliases.items()), sorted(recipe.written.items())]  # by what is written noise is drawn
         hashed.update(repr(parts).encode())
     for ref in _files(merged.plan):
         for path in local_paths(ref):

@@ -195,6 +195,7 @@ def main() -> None:
         " MB | mergekit |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    notes: list[str] = []
     print("\n".join(lines), flush=True)
     if args.tiny:
         cases = [("linear", 2, bench.models("tiny", 2))]
@@ -219,10 +220,10 @@ def main() -> None:
         print(lines[-1], flush=True)
         if method == "linear" and not args.tiny:
             wall = min(copying(chosen, bench.work / "copy.bin") for _ in range(2))
-            lines.append(f"Plain copies: {wall:.1f} s of wall time for the same {count} models read and one written.")
-            print(lines[-1], flush=True)
+            notes.append(f"Plain copies: {wall:.1f} s of wall time for the same {count} models read and one written.")
+            print(notes[-1], flush=True)
     if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        args.out.write_text("\n".join([*lines, "", *notes]) + "\n")
 
 
 if __name__ == "__main__":

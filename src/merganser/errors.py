@@ -17,6 +17,8 @@ MerganserError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class MerganserError(Exception):
     """Base of all errors that bad input can cause; the command line exits with 2 on it.
@@ -78,3 +80,12 @@ class OutputError(MerganserError):
 
 class StateError(MerganserError):
     """A fold that the state cannot take; the state on disk is as it was."""
+
+
+def and_more(names: Sequence[str]) -> str:
+    """How many names there are beside the first, in brackets, for a message that names the first.
+
+    >>> and_more(["a", "b", "c"])
+    ' (and 2 more)'
+    """
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -81,14 +82,16 @@ class FolderSource:
 
     def companions(self) -> Sequence[Path]:
         """Config, tokenizer, chat template and licence files, sorted by name; code where the config names some."""
-        patterns = [*COMPANION_PATTERNS, *(["*.py"] if "auto_map" in _config(self.folder / "config.json") else [])]
+        patterns = [*COMPANION_PATTERNS, *(["*.py"] if "auto_map" in config_of([self.folder / "config.json"]) else [])]
         found = {path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(p for p in found if not any(p.match(pattern) for pattern in NOT_COMPANIONS))
 
 
-def _config(path: Path) -> Mapping[str, object]:
+def config_of(companions: Iterable[Path]) -> Mapping[str, Any]:
+    """What the config.json among a model's files says; nothing where there is none, or it is no JSON object."""
+    path = next((p for p in companions if p.name == "config.json"), None)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes()) if path is not None else None
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -96,8 +99,7 @@ def _config(path: Path) -> Mapping[str, object]:
 
 def stem_for(companions: Iterable[Path]) -> str:
     """First part of the names of weight files by which the library looks for them that wrote the config."""
-    configs = [_config(path) for path in companions if path.name == "config.json"]
-    return "diffusion_pytorch_model" if any("_diffusers_version" in c for c in configs) else "model"
+    return "diffusion_pytorch_model" if "_diffusers_version" in config_of(companions) else "model"
 
 
 def open_weights(path: Path, ref: str, key: str | None = None) -> Source:

@@ -13,8 +13,10 @@ import glob
 import hashlib
 import json
 import os
+import resource
 import shutil
 import struct
+import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping
@@ -168,6 +170,12 @@ def remove_leftovers(target: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON for people to read."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def peak_memory() -> int:
+    """Most resident memory in bytes of this process so far, for its receipt."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:

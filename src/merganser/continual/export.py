@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 
 from merganser.checkpoints.overlap import refuse_overlap
-from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory
 from merganser.continual.kinds import Kind, check_settings, finaliser, kind_of
 from merganser.continual.ledger import BaseRecord, Ledger, open_base, read_base_record
 from merganser.continual.passing import NORMED
@@ -161,7 +159,7 @@ def export(
                 "experts": [c.model_dump(mode="json") for c in ledger.contributors],
                 "seed": None,
                 "wall_s": round(time.perf_counter() - began, 3),
-                "peak_bytes": _peak_rss(),
+                "peak_bytes": peak_memory(),
                 "outputs": writer.digests(),
             }
             writer.commit(receipt, source.companions())
@@ -170,8 +168,3 @@ def export(
 
 def _out_dtype(info: TensorInfo, dtype: str | None) -> str:
     return dtype if dtype is not None and info.dtype in FLOAT_DTYPES else info.dtype
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

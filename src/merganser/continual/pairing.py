@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from merganser.continual.roles import Role, matches
-from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError
+from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError, and_more
 from merganser.types import FLOAT_DTYPES, Source
 
 
@@ -33,7 +33,7 @@ def pair(base: Source, expert: Source, roles: Mapping[str, Role], ignore: Sequen
     found = {name: stored for name in wanted if (stored := _stored_as(base, expert, name)) is not None}
     if missing := [name for name in wanted if name not in found]:
         raise MissingTensorError(
-            f"{missing[0]}{_more(missing)} is in the base and not in {expert.ref}",
+            f"{missing[0]}{and_more(missing)} is in the base and not in {expert.ref}",
             _rename_hint(missing, expert) or f"if it is unchanged, leave it out with --ignore '{missing[0]}'",
         )
     if not found:
@@ -69,7 +69,7 @@ def _refuse_extra(base: Source, expert: Source, used: set[str], ignore: Sequence
     extra = [n for n in expert.infos if n not in used and n not in known and not matches(n, ignore)]
     if extra:
         raise ExtraTensorError(
-            f"{extra[0]}{_more(extra)} is in {expert.ref} and not in the base",
+            f"{extra[0]}{and_more(extra)} is in {expert.ref} and not in the base",
             f"leave it out with --ignore '{extra[0]}', or rename a prefix with --rename OLD=NEW",
         )
 
@@ -81,10 +81,6 @@ def untied(base: Source, expert: Source) -> list[tuple[str, str]]:
         for alias, name in base.aliases.items()
         if alias in expert.infos and (stored := _stored_as(base, expert, name)) is not None and stored != alias
     ]
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _rename_hint(missing: Sequence[str], expert: Source) -> str | None:

@@ -12,13 +12,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal
 
+from merganser.checkpoints.folder import config_of
 from merganser.errors import DtypeError, ParameterError
 from merganser.types import EXACT_DTYPES, FLOAT_DTYPES, Source, TensorInfo
 
@@ -154,11 +153,4 @@ def count_roles(roles: Mapping[str, Role]) -> dict[str, int]:
 
 
 def _model_type(base: Source) -> str | None:
-    config: Path | None = next((p for p in base.companions() if p.name == "config.json"), None)
-    if config is None:
-        return None
-    try:
-        content = json.loads(config.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content.get("model_type") if isinstance(content, dict) else None
+    return config_of(base.companions()).get("model_type")

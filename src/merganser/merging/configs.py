@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from merganser.checkpoints.folder import config_of
 from merganser.types import Source
 
 #: Keys, at any depth, that say what the weights mean.
@@ -22,7 +23,9 @@ def differing(sources: Mapping[str, Source]) -> dict[str, dict[str, list[str]]]:
 
     Models without a config.json, and keys that a config leaves out, say nothing.
     """
-    configs = {ref: dict(_meaning(config, "")) for ref, source in sources.items() if (config := _config(source))}
+    configs = {
+        ref: dict(_meaning(config, "")) for ref, source in sources.items() if (config := config_of(source.companions()))
+    }
     found: dict[str, dict[str, list[str]]] = {}
     for key in dict.fromkeys(key for config in configs.values() for key in config):
         values: dict[str, list[str]] = {}
@@ -32,17 +35,6 @@ def differing(sources: Mapping[str, Source]) -> dict[str, dict[str, list[str]]]:
         if len(values) > 1:
             found[key] = values
     return found
-
-
-def _config(source: Source) -> dict[str, Any]:
-    path = next((p for p in source.companions() if p.name == "config.json"), None)
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _meaning(config: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:

@@ -22,12 +22,3 @@ def prefix_hint(names: Sequence[str], other: Source) -> str | None:
             if sum(f"{head}.{name}" in held for name in short) > len(short) / 2:
                 return f"the names differ by the prefix {head}.; load and save one with the other's class"
     return None
-
-
-def and_more(names: Sequence[str]) -> str:
-    """How many names there are beside the first, in brackets.
-
-    >>> and_more(["a", "b", "c"])
-    ' (and 2 more)'
-    """
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

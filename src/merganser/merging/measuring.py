@@ -16,10 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from merganser.align.activations import Batch
 from merganser.errors import ParameterError
 
-#: Inputs of one run: positional and named.
-Batch = tuple[Sequence[Any], Mapping[str, Any]]
 Kind = Literal["gram", "fisher"]
 Output = Callable[[Any], Any]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from merganser.continual.roles import Role, assign_roles, matches
-from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError
+from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError, and_more
 from merganser.merging.chosen_template import chat_template_of
-from merganser.merging.hints import and_more, patterns, prefix_hint
+from merganser.merging.hints import patterns, prefix_hint
 from merganser.merging.layers import depth_of, depths, place_of, stands_before
 from merganser.merging.lookup import Rules, rules_of
 from merganser.merging.post import check_posts

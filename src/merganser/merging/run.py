@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +16,7 @@ from merganser.checkpoints import open_source
 from merganser.checkpoints.folder import stem_for
 from merganser.checkpoints.lora_config import CONFIG_NAME
 from merganser.checkpoints.overlap import local_paths, refuse_overlap
-from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, write_json
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory, write_json
 from merganser.continual.roles import is_matrix
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.errors import ParameterError
@@ -173,7 +171,7 @@ def run(
             "resumed": sorted(writer.done),
             "seed": plan.recipe.seed,
             "wall_s": round(time.perf_counter() - began, 3),
-            "peak_bytes": _peak_rss(),
+            "peak_bytes": peak_memory(),
             "outputs": writer.digests(),
         }
         writer.commit(receipt, companions)
@@ -197,7 +195,7 @@ def _run_adapters(merge: AdapterMerge, out: Path, *, threads: int, overwrite: bo
             "merganser": __version__,
             **receipt_of(merge, cuts),
             "wall_s": round(time.perf_counter() - began, 3),
-            "peak_bytes": _peak_rss(),
+            "peak_bytes": peak_memory(),
             "outputs": writer.digests(),
         }
         writer.commit(receipt)
@@ -294,8 +292,3 @@ def _key(merged: Merged) -> str:
                 status = file.stat()
                 hashed.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return hashed.hexdigest()
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

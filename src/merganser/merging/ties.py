@@ -7,14 +7,13 @@ its embedding where its config.json ties them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from merganser.checkpoints.folder import config_of
 from merganser.types import Source, TensorInfo
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|generator_lm_head|output|head|decoder)\.weight$")
@@ -79,11 +78,5 @@ def _stored(source: Source, name: str) -> str | None:
 
 def _ties(source: Source) -> bool:
     """Whether the config ties the head to the embedding, which it does where it says nothing."""
-    path = next((p for p in source.companions() if p.name == "config.json"), None)
-    if path is None:
-        return False
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("tie_word_embeddings", True) is True
+    config = config_of(source.companions())
+    return bool(config) and config.get("tie_word_embeddings", True) is True

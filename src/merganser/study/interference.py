@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import torch
 from torch import Tensor
 
 from merganser.checkpoints import open_source
 from merganser.continual.roles import assign_roles, is_matrix, matrix_shape
+from merganser.merging.conflicts import LEADING
+from merganser.merging.spectra import leading
 from merganser.types import Source
-
-#: Share of the directions of a layer's input that count as leading.
-LEADING = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,9 @@ def interference(base: str, experts: Sequence[str], ignore: Sequence[str] = ()) 
             continue
         n = changes[0].shape[1]
         k = max(1, min(round(LEADING * n), *changes[0].shape))
-        leading = [_leading(d, k) for d in changes]
+        directions = [leading(d, k)[1] for d in changes]
         pairs = list(combinations(range(len(changes)), 2))
-        overlap = sum(float((leading[i].T @ leading[j]).square().sum()) for i, j in pairs) / k / len(pairs)
+        overlap = sum(float((directions[i].T @ directions[j]).square().sum()) for i, j in pairs) / k / len(pairs)
         units = [d / d.norm() for d in changes]
         cosine = sum(float((units[i] * units[j]).sum()) for i, j in pairs) / len(pairs)
         found.append(Interference(name, overlap, k / n, cosine))
@@ -79,14 +77,3 @@ def _change(base: Source, expert: Source, name: str, transposed: bool) -> Tensor
     d = expert.read(name).double() - base.read(name).double()
     flat = d.reshape(d.shape[0], -1)
     return flat.T if transposed else flat
-
-
-def _leading(d: Tensor, k: int) -> Tensor:
-    """The k leading right singular vectors, shape (n, k), from the smaller Gram matrix."""
-    m, n = d.shape
-    if n <= m:
-        vectors: Tensor = torch.linalg.eigh(d.T @ d)[1][:, -k:]
-        return vectors
-    left = torch.linalg.eigh(d @ d.T)[1][:, -k:]
-    basis: Tensor = torch.linalg.qr(d.T @ left)[0]
-    return basis

@@ -100,8 +100,24 @@ class Album:
         """Test pictures and their classes, some at a time."""
         return pages_of(self.test, self.counts.batch)
 
+    @property
+    def own_test(self) -> Mapping[str, Tensor] | None:
+        """By side, which test pictures are its own; None where its classes tell."""
+        return None
+
+    def own_train(self, side: str) -> Examples:
+        """What the network of a side is trained on, of which its classes are taken."""
+        return self.train
+
+    def learnt(self, side: str) -> dict[str, Any]:
+        """Where that comes from, in words for JSON."""
+        return {"data": self.source.model_dump(mode="json")}
+
     def _read(self, split: Split) -> Examples:
-        task = Task(data=self.source, head=LinearHead(kind="linear"))  # the head is the study's
+        return self._examples(self.source, split)
+
+    def _examples(self, source: Source, split: Split) -> Examples:
+        task = Task(data=source, head=LinearHead(kind="linear"))  # the head is the study's
         examples = load_examples(self.name, task, split, self.data)
         if isinstance(examples.items, tuple):
             raise ParameterError(f"study {self.name} takes pictures, and its data are texts")

@@ -18,15 +18,15 @@ from merganser.report import line_png
 from merganser.study import halves, lines
 from merganser.study.drawing import points_png, surface_png
 from merganser.study.records import read_record
-from merganser.study.rules import LABELS
-from merganser.study.words_apart import HalvesNetwork, HalvesNode, LinesNetwork, LinesNode
+from merganser.study.rules import label
+from merganser.study.words_apart import DomainsNode, HalvesNetwork, HalvesNode, LinesNetwork, LinesNode
 
 #: What draws a picture, by its name.
 Drawings = dict[str, Callable[[], bytes]]
 
 HALVES_HEADER = (
     *("", "joint %", "task A %", "task B %", "per task %", "pairs"),
-    *("statistics", "pictures", "balance", "s"),
+    *("size", "statistics", "pictures", "balance", "s"),
 )
 LINES_HEADER = (
     *("", "barrier, nats", "loss at the ends", "in the middle", "accuracy at the ends %", "in the middle %"),
@@ -108,14 +108,24 @@ def _setting(node: HalvesNode | LinesNode, shown: Sequence[str]) -> str:
         )
         return f"{said} {trainings}"
     zips, balances = node.zipping, ", ".join(f"{x:g}" for x in node.balances)
-    said = (
+    learnt = (
         "Two networks learn a half of the classes each, from different starts; a split is a seed of halves, weights "
         "and codes. Joint: the right one of all classes; task: the right one of a half, for pictures of that half. "
+    )
+    if isinstance(node, DomainsNode):
+        pairs = "; ".join(f"{i}: {a} and {b}" for i, (a, b) in enumerate(node.pairs))
+        learnt = (
+            "Two networks learn the same classes in a domain each, from different starts; a split is a seed of weights "
+            f"and codes, and a pair of domains ({pairs}). Joint: test pictures of both domains; task: those of one. "
+        )
+    said = (
+        f"{learnt}"
         f"Logits are {node.codes.scale:g} times the cosine with fixed orthonormal codes of width {node.codes.width}. "
         f"{shared}, balances chosen without labels on {p.held_out:,} held-out ones (nearest to the parents' mean "
         f"answer; tried: {balances}). Zips: repeat {zips.repeat:g}, within {zips.within:g}; in part: {zips.share:g} of "
-        "the groups. BatchNorm of the networks themselves is measured on both halves, too. s: of merging, without "
-        "judging; what rules share counts for the first."
+        "the groups. BatchNorm of the networks themselves is measured on both sides, too. Size: FLOPs and "
+        "parameters of what was made, in those of one network, where they are not 1. s: of merging, without judging; "
+        "what rules share counts for the first."
     )
     return f"{said} {trainings}"
 
@@ -146,7 +156,7 @@ def _halves(node: HalvesNode, out: Path) -> tuple[list[Table], dict[str, Any], D
         rows, found[name] = [], {}
         for side in halves.SIDES:
             alone = [record["alone"][side] for record in records]
-            rows.append([f"network {side.upper()} alone", *_accuracies(alone), "", "", "", ""])
+            rows.append([f"network {side.upper()} alone", *_accuracies(alone), "", "", "", "", ""])
             found[name][f"alone_{side}"] = _spreads(alone)
         for rule in network.rules or node.rules:
             measured = [record["rules"][rule] for record in records if rule in record["rules"]]
@@ -155,11 +165,13 @@ def _halves(node: HalvesNode, out: Path) -> tuple[list[Table], dict[str, Any], D
             balances = ", ".join(f"{m['balance']:g}" for m in measured if m["balance"] is not None)
             looked = f"{sum(measured[0]['pictures'].values()):,}"
             seconds = f"{fmean(m['wall_s'] for m in measured):.1f}"
-            rows.append([LABELS[rule], *_accuracies(measured), measured[0]["statistics"], looked, balances, seconds])
+            size = " / ".join(f"{fmean(x):.2f}" for x in zip(*(m.get("size", ()) for m in measured), strict=True))
+            name_of = label(rule)
+            rows.append([name_of, *_accuracies(measured), size, measured[0]["statistics"], looked, balances, seconds])
             about = {"statistics": measured[0]["statistics"], "pictures": measured[0]["pictures"], "labels": False}
             found[name][rule] = {**_spreads(measured), **about, "balances": [m["balance"] for m in measured]}
             it = found[name][rule]["joint"]
-            joint.setdefault(network.label, {})[LABELS[rule]] = (it["mean"], it["deviation"] or 0.0)
+            joint.setdefault(network.label, {})[name_of] = (it["mean"], it["deviation"] or 0.0)
         tables.append(Table(network.label, HALVES_HEADER, rows))
     pictures: Drawings = {"joint": lambda: points_png(joint, x_label="joint accuracy, %")} if joint else {}
     if (path := out / "surface.json").is_file() and node.surface is not None:
@@ -167,8 +179,8 @@ def _halves(node: HalvesNode, out: Path) -> tuple[list[Table], dict[str, Any], D
         plane = Surface(known["corners"], known["across"], known["up"], known["values"])
         titles = [f"task {side.upper()}, n = {n:,}" for side, n in zip(halves.SIDES, known["n"], strict=True)]
         corners = ("A", "B, aligned", "zipped")
-        label = "cross entropy, nats"
-        pictures["surface"] = lambda: surface_png(plane, titles=titles, corners=corners, label=label)
+        loss = "cross entropy, nats"
+        pictures["surface"] = lambda: surface_png(plane, titles=titles, corners=corners, label=loss)
     return tables, found, pictures
 
 
@@ -222,8 +234,8 @@ def _lines(node: LinesNode, out: Path) -> tuple[list[Table], dict[str, Any], Dra
             curves[lines.LABELS[rule]] = (measured[0]["places"], mean)
         if rows:
             tables.append(Table(network.label, LINES_HEADER, rows))
-            label = f"t, {network.label}"
-            pictures[f"line-{name}"] = partial(line_png, curves, x_label=label, y_label="cross entropy, nats")
+            across = f"t, {network.label}"
+            pictures[f"line-{name}"] = partial(line_png, curves, x_label=across, y_label="cross entropy, nats")
     return tables, found, pictures
 
 

@@ -104,7 +104,11 @@ def _packed(source: PackedSource, split: str, data: Path | None) -> Read:
     folder, image = data / "text", data / f"{source.file}.npz"
     table = folder / f"{source.file}.parquet"
     if image.is_file():
-        return _npz(image, split)
+        items, labels, classes = _npz(image, split)
+        if source.domain is not None:
+            own = _of_domain(image, split, source.domain)
+            items, labels = np.asarray(items)[own], labels[own]
+        return items, labels, classes
     if table.is_file():
         return _parquet(table, split)
     known = sorted({p.stem for p in (*data.glob("*.npz"), *folder.glob("*.parquet"))})
@@ -130,6 +134,18 @@ def _npz(path: Path, split: str) -> Read:
         raise RefError(
             f"{path} is not a packed image set: {error}", "see docs/guides/studies.md for the layout"
         ) from error
+
+
+def _of_domain(path: Path, split: str, domain: str) -> npt.NDArray[np.bool_]:
+    """Which pictures are of a domain."""
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        if "domains" not in file.files:
+            raise RefError(f"{path} has no domains", "leave domain out")
+        names = [str(name) for name in file["domains"]]
+        if domain not in names:
+            raise RefError(f"{path} has no domain {domain}", f"it has {', '.join(names)}")
+        own: npt.NDArray[np.bool_] = file[f"domain_{split}"] == names.index(domain)
+        return own
 
 
 def _pictures(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

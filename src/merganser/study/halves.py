@@ -9,13 +9,15 @@ Killed at any moment, the same command goes on: a rule that is written down is n
 
 Joint: the right one of all classes. Task: the right one of a half, for pictures of that half. One network answers with
 the cosines of its output with the codes of the classes; several answer each for its half, by a softmax within it.
+
+A study of domains is the same with all classes on both sides, and a domain of pictures on each.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,13 @@ from merganser.align.surface import surface
 from merganser.errors import ParameterError, StateError
 from merganser.study.apart import Album, Work, pages_of, state_of, trained
 from merganser.study.data import Examples
+from merganser.study.domains import Domains
 from merganser.study.judge import Score
 from merganser.study.networks import Encoder
 from merganser.study.records import claim, read_record, write_record
-from merganser.study.rules import RULES, Bench, embeddings
+from merganser.study.rules import Bench, embeddings, merge
 from merganser.study.training import Lesson
-from merganser.study.words_apart import Codes, HalvesNetwork, HalvesNode
+from merganser.study.words_apart import Codes, DomainsNode, HalvesNetwork, HalvesNode
 from merganser.version import __version__
 
 SIDES = ("a", "b")
@@ -58,10 +61,20 @@ class Halves:
     node: HalvesNode
     work: Work
     written: Callable[[], object] = lambda: None
-    album: Album = field(init=False)
+    albums: dict[int, Album] = field(init=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.album = Album(self.node.name, self.node.data, self.node.pictures, self.work.data)
+    def album(self, split: int) -> Album:
+        """The pictures of a split; halves of classes share theirs."""
+        node, data = self.node, self.work.data
+        if isinstance(node, DomainsNode):
+            pair = node.pairs[split % len(node.pairs)]
+            return self.albums.setdefault(split, Domains(node.name, node.data, node.pictures, data, pair))
+        return self.albums.setdefault(0, Album(node.name, node.data, node.pictures, data))
+
+    def split_of(self, split: int) -> Split:
+        """What a split divides, and its codes."""
+        both = isinstance(self.node, DomainsNode)
+        return split_by(split, len(self.album(split).test.classes), self.node.codes, domains=both)
 
     def run(self) -> None:
         """Do all that is not done yet.
@@ -70,7 +83,7 @@ class Halves:
             StateError: If a folder holds another study or other networks.
             MerganserError: If data or networks cannot be used.
         """
-        keys = {"kind", "data", "codes", "balances", "zipping", "pictures"}
+        keys = {"kind", "data", "codes", "balances", "zipping", "pictures", "pairs"} & set(type(self.node).model_fields)
         shared = self.node.model_dump(mode="json", include=keys)
         claim(self.work.out, {**shared, "bfloat16": self.work.bfloat16})
         for name, network in self.node.networks.items():
@@ -90,27 +103,29 @@ class Halves:
         todo = [rule for rule in rules if rule not in record.get("rules", {})]
         if not todo:
             return False
-        inputs = self._inputs(choosing=bool({"dual", "dual_zip"} & set(todo)))
+        album = self.album(split)
+        inputs = self._inputs(album, choosing=bool({"dual", "dual_zip"} & set(todo)))
         both, split_of = self._networks(name, node, split)
         bench = self._bench(both, split_of, inputs)
         if not record:
             record = {"merganser": __version__, "torch": torch.__version__, **what}
-            record |= {"classes": [[self.album.test.classes[i] for i in half] for half in split_of.halves.values()]}
-            record["alone"] = {s: self._score([n], split_of) for s, n in zip(SIDES, both, strict=True)}
+            record |= {"classes": [[album.test.classes[i] for i in half] for half in split_of.halves.values()]}
+            record["alone"] = {s: self._score([n], split_of, album) for s, n in zip(SIDES, both, strict=True)}
             record["rules"] = {}
             write_record(path, record)
         with self.work.bar(f"{name}, split {split}") as progress:
             for done, rule in enumerate(todo, 1):
                 began = time.perf_counter()
-                merged = RULES[rule](bench)
+                merged = merge(rule, bench)
                 seconds = time.perf_counter() - began
                 record["rules"][rule] = {
-                    **self._score(merged.networks, split_of),
+                    **self._score(merged.networks, split_of, album),
                     "statistics": merged.statistics,
                     "pictures": merged.pictures,
                     "labels": False,
                     "balance": merged.balance,
                     "distances": {str(x): round(far, 6) for x, far in merged.distances.items()},
+                    **({} if merged.size is None else {"size": [round(x, 4) for x in merged.size]}),
                     "wall_s": round(seconds, 2),
                 }
                 write_record(path, record)
@@ -120,13 +135,13 @@ class Halves:
 
     def _networks(self, name: str, node: HalvesNetwork, split: int) -> tuple[list[Encoder], Split]:
         """Both networks, trained if need be, and what they were split by."""
-        split_of = split_by(split, len(self.album.test.classes), self.node.codes)
+        split_of, album = self.split_of(split), self.album(split)
         made = []
         for i, side in enumerate(SIDES):
             half = split_of.halves[side]
 
-            def lesson(half: list[int] = half) -> Lesson:
-                return lesson_of(self.album.train, half, split_of, node.training.items)
+            def lesson(side: str = side, half: list[int] = half) -> Lesson:
+                return lesson_of(album.own_train(side), half, split_of, node.training.items)
 
             made.append(
                 trained(
@@ -136,7 +151,7 @@ class Halves:
                     lesson,
                     seed=2 * split + i,
                     learns={
-                        "data": self.node.data.model_dump(mode="json"),
+                        **album.learnt(side),
                         "classes": half,
                         "codes": {**self.node.codes.model_dump(mode="json"), "seed": split},
                     },
@@ -145,19 +160,21 @@ class Halves:
             )
         return made, split_of
 
-    def _inputs(self, *, choosing: bool) -> tuple[list[Batch], list[Batch], list[Batch]]:
+    def _inputs(self, album: Album, *, choosing: bool) -> tuple[list[Batch], list[Batch], list[Batch]]:
         """What rules look at, before anything is trained: refused if there is too little of it."""
-        return self.album.compare, self.album.measure, self.album.held_out if choosing else []
+        return album.compare, album.measure, album.held_out if choosing else []
 
     def _bench(self, both: Sequence[Encoder], split_of: Split, inputs: tuple[list[Batch], ...]) -> Bench:
         (one, two), node = both, self.node
         compare, measure, held_out = inputs
-        return Bench(one, two, compare, measure, held_out, split_of.logits, node.balances, node.zipping)
+        return Bench(
+            one, two, compare, measure, held_out, split_of.logits, node.balances, node.zipping, split_of.together
+        )
 
-    def _score(self, networks: Sequence[nn.Module], split_of: Split) -> dict[str, Any]:
-        batches = [x for x, _ in self.album.pages]
+    def _score(self, networks: Sequence[nn.Module], split_of: Split, album: Album) -> dict[str, Any]:
+        batches = [x for x, _ in album.pages]
         found = [split_of.logits(embeddings(n, batches, bfloat16=self.work.bfloat16)) for n in networks]
-        return scores(found, self.album.test, split_of)
+        return scores(found, album.test, split_of, album.own_test)
 
     def _surface(self) -> None:
         """The plane of one pair; what was joined by both is brought into the first one's order, as the second is."""
@@ -165,13 +182,14 @@ class Halves:
         if node is None or (path.is_file() and read_record(path).get("plane") == node.model_dump(mode="json")):
             return
         both, split_of = self._networks(node.network, self.node.networks[node.network], node.split)
-        bench = self._bench(both, split_of, self._inputs(choosing=False))
+        album = self.album(node.split)
+        bench = self._bench(both, split_of, self._inputs(album, choosing=False))
         known = read_record(pair_path(self.work.out, node.network, node.split))["rules"].get("dual_zip")
         merged = state_of(bench.zipped(0.0 if known is None else known["balance"]))
         orders = match(bench.spec, WeightCosts(bench.spec, bench.a, merged)).orders
         merged = {n: bench.spec.apply(orders, n, x) if n in bench.spec.axes else x for n, x in merged.items()}
-        some = measured_for(self.album.measure, node.measure)
-        test, batch = self.album.test.first(node.test), self.node.pictures.batch
+        some = measured_for(album.measure, node.measure)
+        test, batch = album.test.first(node.test), self.node.pictures.batch
         labelled = [_labelled(own_half(test, half), batch) for half in split_of.halves.values()]
         codes = [split_of.codes[half] for half in split_of.halves.values()]
 
@@ -206,6 +224,17 @@ class Split:
         """Of embeddings, over all classes."""
         return self.scale * functional.normalize(x, dim=1) @ self.codes.T
 
+    def answer(self, logits: Sequence[Tensor]) -> Tensor:
+        """Probabilities over all classes from one network a side, each for the classes that it learnt."""
+        answers = torch.zeros_like(logits[0])
+        for own, half in zip(logits, self.halves.values(), strict=True):
+            answers[:, half] += functional.softmax(own[:, half], 1)
+        return answers
+
+    def together(self, one: Tensor, two: Tensor) -> Tensor:
+        """The embedding whose products with the codes are the probabilities that both networks' give, halved."""
+        return self.answer([self.logits(x.to(self.codes)) for x in (one, two)]) / 2 @ self.codes
+
 
 class Headed(nn.Module):
     """A network with codes of some classes: pictures to logits."""
@@ -219,8 +248,8 @@ class Headed(nn.Module):
         return self.scale * functional.normalize(self.network(x), dim=1) @ self.codes.T
 
 
-def split_by(seed: int, classes: int, codes: Codes) -> Split:
-    """Halves and codes of a seed.
+def split_by(seed: int, classes: int, codes: Codes, *, domains: bool = False) -> Split:
+    """Halves and codes of a seed; with domains both sides have all classes.
 
     Raises:
         ParameterError: If there are fewer than four classes, or more than a code is wide.
@@ -231,6 +260,8 @@ def split_by(seed: int, classes: int, codes: Codes) -> Split:
     order = torch.randperm(classes, generator=generator).tolist()
     rows = torch.linalg.qr(torch.randn(codes.width, classes, generator=generator)).Q.T
     cut = classes // 2
+    if domains:
+        return Split({side: list(range(classes)) for side in SIDES}, rows.contiguous(), codes.scale)
     return Split({"a": sorted(order[:cut]), "b": sorted(order[cut:])}, rows.contiguous(), codes.scale)
 
 
@@ -252,16 +283,22 @@ def own_half(examples: Examples, half: list[int]) -> Examples:
     return Examples(own.items, labels, tuple(examples.classes[i] for i in half))
 
 
-def scores(logits: Sequence[Tensor], test: Examples, split_of: Split) -> dict[str, Any]:
-    """Joint and task accuracies of one network, or of one a half, for JSON."""
-    answers, labels = logits[0], torch.from_numpy(test.labels)
-    if len(logits) > 1:
-        answers = torch.zeros_like(answers)
-        for own, half in zip(logits, split_of.halves.values(), strict=True):
-            answers[:, half] = functional.softmax(own[:, half], 1)
+def scores(
+    logits: Sequence[Tensor], test: Examples, split_of: Split, own: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Joint and task accuracies of one network, or of one a side, for JSON.
+
+    Args:
+        logits: of all classes, by each network.
+        test: pictures that they are of.
+        split_of: what the sides learnt.
+        own: by side, which pictures are its own; by default those of its classes.
+    """
+    labels = torch.from_numpy(test.labels)
+    answers = logits[0] if len(logits) == 1 else split_of.answer(logits)
     found: dict[str, Any] = {"joint": _score(answers.argmax(1) == labels, test.digest).record()}
     for side, half in split_of.halves.items():
-        chosen = torch.isin(labels, torch.tensor(half))
+        chosen = torch.isin(labels, torch.tensor(half)) if own is None else own[side]
         right = torch.tensor(half)[answers[chosen][:, half].argmax(1)] == labels[chosen]
         found[f"task_{side}"] = _score(right, test.digest).record()
     found["per_task"] = (found["task_a"]["value"] + found["task_b"]["value"]) / 2

@@ -8,6 +8,12 @@
     dual_zip      by both, with a balance (MuDSC)
     part_zip      zipped up to a depth, two networks from there on (ZipIt)
     ensemble      both networks
+    regmean       least squares, layer by layer, on what the parents take in; no order is looked for (RegMean)
+    pleas         in the order of activations, least squares to the mean of both, layer by layer (PLeaS)
+    refit         the same from front to back, each layer on what the merged network gives it
+    refit_answers refit, and the last layer to the answer that both give together with their own heads
+
+The last three may keep units of both apart: refit@1.2 may cost 1.2 times the FLOPs of one network.
 
 Balances are chosen without labels: `align.balancing`. After every merge statistics come from data: BatchNorm's are
 measured anew, and where there is none every layer gets its parents' means and deviations back (REPAIR).
@@ -28,10 +34,11 @@ from merganser.align.balancing import choose_balance
 from merganser.align.costs import DualCosts, WeightCosts
 from merganser.align.many import mean_of
 from merganser.align.match import match
+from merganser.align.partial import Pair, Settings, Way
 from merganser.align.renorm import layer_statistics, repair, reset_batch_norm
 from merganser.align.zipping import zip_networks, zip_partly
 from merganser.study.apart import State, state_of
-from merganser.study.words_apart import Rule, Zipping
+from merganser.study.words_apart import IN_PART, Rule, Zipping
 from merganser.symmetry import Orders, Spec, symmetries
 
 
@@ -45,6 +52,7 @@ class Merged:
         pictures: how many were looked at, by what for.
         balance: share of the weights that was chosen.
         distances: from the parents' mean answer, by the balances that were tried.
+        size: FLOPs and parameters, in those of one network.
     """
 
     networks: list[nn.Module]
@@ -52,6 +60,7 @@ class Merged:
     pictures: dict[str, int]
     balance: float | None = None
     distances: dict[float, float] = field(default_factory=dict)
+    size: tuple[float, float] | None = None
 
 
 @dataclass
@@ -67,6 +76,7 @@ class Bench:
         answers: from a network's output to what balances are compared by.
         balances: to try.
         zipping: settings of zips.
+        together: from both networks' outputs to the one that has the answer of both.
     """
 
     one: nn.Module
@@ -77,6 +87,7 @@ class Bench:
     answers: Callable[[Tensor], Tensor] | None = None
     balances: Sequence[float] = ()
     zipping: Zipping = field(default_factory=Zipping)
+    together: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Trace once; BatchNorm of both is measured on all classes, as where these rules were published."""
@@ -161,6 +172,46 @@ class Bench:
     def _own_statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
         return layer_statistics(self.one, self.measure)
 
+    @cached_property
+    def _pairs(self) -> dict[Way, Pair]:
+        return {}
+
+    def pair(self, way: Way) -> Pair:
+        """Both networks and what is measured of them for merging in part; their BatchNorm is measured already."""
+        if way not in self._pairs:
+            how = Settings(way=way, recalibrate=False)
+            self._pairs[way] = Pair(self.found, self.one, self.two, [*self.compare, *self.measure], settings=how)
+            self._pairs[way].orders = self.by_activations
+            if other := next((p for w, p in self._pairs.items() if w != way), None):
+                self._pairs[way].reasons, self._pairs[way].layers = other.reasons, other.layers
+        return self._pairs[way]
+
+    def in_part(self, way: Way, budget: float, *, answers: bool = False) -> Merged:
+        """Merged in part under a budget."""
+        pair, blends = self.pair(way), {}
+        if answers:
+            assert self.together is not None
+            blends = {pair.last: self.together}
+        made = pair.merged(budget, blends=blends)
+        sizes = made.costs.flops / made.costs.parent_flops, made.costs.parameters / made.costs.parent_parameters
+        return Merged([made.network], self._after_fit, self.looked_at("compare", "measure"), size=sizes)
+
+    def regmean(self) -> Merged:
+        """Least squares on the parents' own inputs, in the order that they are in."""
+        pair = Pair(
+            self.found,
+            self.one,
+            self.two,
+            [*self.compare, *self.measure],
+            settings=Settings(way="layers", target="separate", recalibrate=False),
+        )
+        pair.orders = self.spec.identity()
+        return Merged([pair.merged(1.0).network], self._after_fit, self.looked_at("compare", "measure"))
+
+    @property
+    def _after_fit(self) -> str:
+        return "none" if self.statistics == "REPAIR" else self.statistics
+
     def looked_at(self, *keys: str) -> dict[str, int]:
         """How many pictures, by what for."""
         return {key: sum(len(args[0]) for args, _ in getattr(self, key)) for key in keys}
@@ -188,7 +239,22 @@ def _part(bench: Bench) -> Merged:
     return Merged(bench.partly(), statistics, bench.looked_at("compare", "measure"))
 
 
-RULES: dict[Rule, Callable[[Bench], Merged]] = {
+def merge(rule: Rule, bench: Bench) -> Merged:
+    """What a rule makes of two networks."""
+    name, _, budget = rule.partition("@")
+    if name not in IN_PART:
+        return RULES[name](bench)
+    way: Way = "layers" if name == "pleas" else "sequence"
+    return bench.in_part(way, float(budget or 1), answers=name == "refit_answers")
+
+
+def label(rule: Rule) -> str:
+    """A rule in a table."""
+    name, at, budget = rule.partition("@")
+    return f"{LABELS[name]}, {float(budget):g}x" if at else LABELS[name]
+
+
+RULES: dict[str, Callable[[Bench], Merged]] = {
     "average": lambda b: Merged([b.mean(b.spec.identity())], b.statistics, b.looked_at("measure")),
     "weights": lambda b: Merged([b.mean(b.by_weights)], b.statistics, b.looked_at("measure")),
     "activations": lambda b: Merged([b.mean(b.by_activations)], b.statistics, b.looked_at("compare", "measure")),
@@ -196,10 +262,11 @@ RULES: dict[Rule, Callable[[Bench], Merged]] = {
     "zip": _zip,
     "dual_zip": lambda b: b.best(b.zipped, *_zip_keys(b)),
     "part_zip": _part,
-    "ensemble": lambda b: Merged([b.one, b.two], "none", {}),
+    "ensemble": lambda b: Merged([b.one, b.two], "none", {}, size=(2.0, 2.0)),
+    "regmean": lambda b: b.regmean(),
 }
 
-LABELS: dict[Rule, str] = {
+LABELS: dict[str, str] = {
     "average": "average",
     "weights": "aligned by weights (Git Re-Basin)",
     "activations": "aligned by activations",
@@ -208,6 +275,10 @@ LABELS: dict[Rule, str] = {
     "dual_zip": "zipped by both (MuDSC)",
     "part_zip": "zipped in part, two ends",
     "ensemble": "both networks",
+    "regmean": "RegMean, in the order they are in",
+    "pleas": "PLeaS, layer by layer",
+    "refit": "refitted from front to back",
+    "refit_answers": "refitted to the answers of both",
 }
 
 

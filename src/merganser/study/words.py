@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_serializer,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Settings = dict[str, StrictFloat | StrictInt | StrictStr]
@@ -22,10 +32,22 @@ class Node(BaseModel):
 
 
 class PackedSource(Node):
-    """A file of a data folder: `NAME.npz` for images, `text/NAME.parquet` for text (`--data DIR`)."""
+    """A file of a data folder: `NAME.npz` for images, `text/NAME.parquet` for text (`--data DIR`).
+
+    Attributes:
+        file: its name, without an ending.
+        domain: of images that come from several: those of one alone.
+    """
 
     kind: Literal["packed"] = "packed"
     file: str
+    domain: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _said(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a domain as before there were any, so that what was trained then is known again."""
+        found: dict[str, Any] = plain(self)
+        return found if self.domain is not None else {key: x for key, x in found.items() if key != "domain"}
 
 
 class DigitsSource(Node):

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from merganser.study.words import Node, Positive, Source, Training
+from merganser.study.words import Node, PackedSource, Positive, Source, Training
 
-Rule = Literal["average", "weights", "activations", "dual", "zip", "dual_zip", "part_zip", "ensemble"]
+#: Rules that give a network of the size of one, or both networks.
+PLAIN = ("average", "weights", "activations", "dual", "zip", "dual_zip", "part_zip", "ensemble", "regmean")
+#: Rules that merge in part: "refit" alone is of the size of one, "refit@1.2" may cost 1.2 of it.
+IN_PART = ("pleas", "refit", "refit_answers")
+
+
+def _known_rule(rule: str) -> str:
+    name, at, budget = rule.partition("@")
+    if name not in (IN_PART if at else (*PLAIN, *IN_PART)):
+        raise ValueError(
+            f"rule {rule!r} is none of {', '.join(PLAIN)}, nor of {', '.join(IN_PART)} with or without @1.2"
+        )
+    if at:
+        try:
+            if not 1 <= float(budget) <= 2:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"rule {rule!r} has a budget of {budget!r}; it is in [1, 2]") from None
+    return rule
+
+
+Rule = Annotated[str, AfterValidator(_known_rule)]
 LineRule = Literal["naive", "weights", "activations"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -162,6 +183,25 @@ class HalvesNode(Node):
         return self
 
 
+class DomainsNode(HalvesNode):
+    """Two networks learn the same classes in a domain each, and one is made of both, by every rule.
+
+    Attributes:
+        data: pictures with domains, a packed file.
+        pairs: of domains; split s of a network is of pair s modulo their number.
+    """
+
+    kind: Literal["domains"]  # type: ignore[assignment]
+    data: PackedSource
+    pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _no_surface(self) -> DomainsNode:
+        if self.surface is not None:
+            raise ValueError("surface is of halves of classes")
+        return self
+
+
 class LinesNode(Node):
     """Two networks learn the same task from two seeds, and are judged on the straight line between them.
 
@@ -186,4 +226,8 @@ class LinesNode(Node):
 
 
 #: What `kind` of a study may be, but for "fold", where experts arrive one by one.
-KINDS: dict[str, type[HalvesNode] | type[LinesNode]] = {"halves": HalvesNode, "lines": LinesNode}
+KINDS: dict[str, type[HalvesNode] | type[LinesNode]] = {
+    "halves": HalvesNode,
+    "domains": DomainsNode,
+    "lines": LinesNode,
+}

@@ -1,0 +1,331 @@
+"""Least squares for the layers of a network that two were merged into, from what both do on the same inputs.
+
+For a layer with inputs x and outputs y = W x + b in networks A and B, in one order of units, the merged layer takes in
+and shall give, place by place
+
+    averaged    x = (x_A + x_B) / 2 where units are merged, x_A and x_B where they are apart; y likewise
+    separate    A's rows and B's rows one below the other: x = x_k, y = y_k; the other's own units are 0
+    mixed       x as averaged without the other's own units, y = y_A in A's rows, y_B in B's
+
+    W = argmin sum |W x - y|^2 + lambda |W - W_0|^2        W_0: the block average,  lambda = ridge mean(diag(x x^T))
+
+with the blocks that a split makes zero left at zero. Rows that read everything and A's rows share one Cholesky factor:
+with columns as [merged | A | B] A's problem is a leading block. `separate` without a split is RegMean in one order.
+
+Source: Nasery et al. 2024, arXiv:2407.02447, section 3.2 (PLeaS), there by gradient descent; Jin et al. 2023,
+arXiv:2212.09849, eq. 1 (RegMean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from merganser.align.layout import Layout, Places, Side, Splits, head_axis, head_of, layout
+from merganser.align.moments import Joint
+from merganser.errors import ParameterError, ShapeError
+from merganser.numerics import product
+from merganser.symmetry import Spec
+
+Target = Literal["averaged", "separate", "mixed"]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What refitting did.
+
+    Attributes:
+        tensors: new weights and biases, by name.
+        residuals: by layer: share of the targets' variance that is not met, 0 to about 1.
+        kept: layers that were left as they are, and why.
+    """
+
+    tensors: dict[str, Tensor]
+    residuals: dict[str, float]
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Normal:
+    """Normal equations of one layer: sums over rows, float64.
+
+    Attributes:
+        gram: of inputs, shape (F, F).
+        cross: of inputs with targets, shape (F, R).
+        inputs: sums of inputs, shape (F,).
+        targets: sums of targets, shape (R,).
+        squares: sum of all squared targets.
+        count: rows.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    inputs: Tensor
+    targets: Tensor
+    squares: float
+    count: int
+
+    @classmethod
+    def empty(cls, entries: int, rows: int) -> Normal:
+        """No rows yet."""
+        gram, cross, inputs, targets = (
+            torch.zeros(shape, dtype=torch.float64)
+            for shape in ((entries, entries), (entries, rows), (entries,), (rows,))
+        )
+        return cls(gram, cross, inputs, targets, squares=0.0, count=0)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows, float64: inputs (n, F) and targets (n, R)."""
+        self.gram += product(x.T, x)
+        self.cross += product(x.T, y)
+        self.inputs += x.sum(0)
+        self.targets += y.sum(0)
+        self.squares += float(y.square().sum())
+        self.count += len(x)
+
+    def centred(self) -> Normal:
+        """About the means: a bias, or a norm that follows, takes these up."""
+        n = self.count
+        gram = self.gram - self.inputs[:, None] * self.inputs / n
+        cross = self.cross - self.inputs[:, None] * self.targets / n
+        squares = self.squares - float(self.targets.square().sum()) / n
+        return Normal(gram, cross, self.inputs, self.targets, squares, n)
+
+    def residual(self, weight: Tensor) -> float:
+        """Share of the targets' squares that a weight does not meet."""
+        left = (
+            self.squares - 2 * float((weight.T * self.cross).sum()) + float((product(weight, self.gram) * weight).sum())
+        )
+        return max(left, 0.0) / self.squares if self.squares > 0 else 0.0
+
+
+def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: float) -> Tensor:
+    """The weight nearest to the targets.
+
+    Args:
+        normal: equations of a layer.
+        prior: the weight that the ridge pulls to, float64, shape (R, F).
+        rows: whose each output is, as `Side`, shape (R,).
+        columns: whose each input is, shape (F,).
+        ridge: in [0, inf), times the mean of the diagonal. At 0 the least of all solutions, about the prior.
+
+    Returns:
+        Shape (R, F); entries of A's rows for B's columns, and the other way round, are zero.
+
+    Raises:
+        ParameterError: If the ridge is out of range.
+    """
+    if not ridge >= 0:
+        raise ParameterError(f"ridge is {ridge}; it is at least 0, times the mean square of a layer's inputs")
+    strength = ridge * float(normal.gram.diagonal().mean()) if len(normal.gram) else 0.0
+    prior = prior * _read(rows, columns)
+    missed = normal.cross - product(normal.gram, prior.T)  # W - W_0 has a ridge at zero
+    order = columns.long().argsort(stable=True)  # merged, A's, B's
+    found = torch.zeros_like(prior)
+    whole: Tensor | None = None
+    for side, other in ((Side.BOTH, None), (Side.FIRST, Side.SECOND), (Side.SECOND, Side.FIRST)):
+        wanted = rows == side
+        if not bool(wanted.any()):
+            continue
+        mine = order if other is None else order[columns[order] != other]
+        if side == Side.SECOND:
+            factor = _factor(normal.gram[mine][:, mine], strength)
+        else:
+            whole = _factor(normal.gram[order][:, order], strength) if whole is None else whole
+            factor = whole[: len(mine), : len(mine)]
+        inside = missed[mine][:, wanted]
+        if bool(torch.isfinite(factor).all()):
+            step = torch.cholesky_solve(inside, factor)
+        else:
+            step = torch.linalg.pinv(normal.gram[mine][:, mine], hermitian=True) @ inside
+        block = torch.zeros(int(wanted.sum()), prior.shape[1], dtype=torch.float64)
+        block[:, mine] = prior[wanted][:, mine] + step.T
+        found[wanted] = block
+    return found
+
+
+def _read(rows: Tensor, columns: Tensor) -> Tensor:
+    """1 where a row may read a column, 0 in blocks of zeros."""
+    free: Tensor = (rows[:, None] == Side.BOTH) | (columns == Side.BOTH) | (rows[:, None] == columns)
+    return free.double()
+
+
+def _factor(gram: Tensor, strength: float) -> Tensor:
+    """Lower Cholesky factor of gram + strength; NaN where there is none."""
+    shifted = gram.clone()
+    shifted.diagonal().add_(strength)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    pivots = factor.diagonal()
+    if int(failed) or (len(pivots) and float(pivots.min()) < 1e-7 * float(pivots.max())):
+        return torch.full_like(factor, torch.nan)
+    return factor
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where one layer's outputs and inputs stand in the merged network.
+
+    Attributes:
+        rows: places of the outputs.
+        columns: places of the inputs.
+        taps: entries of a row for every input place: 1, or those of a kernel.
+    """
+
+    rows: Places
+    columns: Places
+    taps: int
+
+    @property
+    def entries(self) -> Places:
+        """Places of all entries of a row."""
+        index = self.columns.index[:, None] * self.taps + torch.arange(self.taps)
+        return Places(index.reshape(-1), self.columns.side.repeat_interleave(self.taps))
+
+    def blend(self, a: Tensor, b: Tensor) -> Tensor:
+        """Outputs of both networks, (n, out) each, as the merged layer shall give them."""
+        side = self.rows.side
+        first = _safe(a, self.rows.index, side == Side.SECOND)
+        second = _safe(b, self.rows.index, side == Side.FIRST)
+        of_first, of_second = shares(side)
+        blended: Tensor = of_first.to(a) * first + of_second.to(b) * second
+        return blended
+
+
+def shares(side: Tensor, both: float = 0.5) -> tuple[Tensor, Tensor]:
+    """How much A and B count in places of some sides."""
+    table = torch.tensor([[both, 1.0, 0.0], [both, 0.0, 1.0]], dtype=torch.float64)
+    return table[0][side.long()], table[1][side.long()]
+
+
+def _safe(x: Tensor, index: Tensor, absent: Tensor) -> Tensor:
+    """Columns of x; some column where there is none."""
+    return x.index_select(1, torch.where(absent, 0, index).to(x.device))
+
+
+def fit_of(
+    spec: Spec, layer: str, a: Tensor, b: Tensor, splits: Splits, apart_heads: Collection[str] = ()
+) -> Fit | str:
+    """Where a layer's outputs and inputs stand, or why it cannot be refitted.
+
+    Args:
+        spec: symmetries.
+        layer: its name; its weight has outputs along axis 0 and inputs along axis 1.
+        a: its weight in network A.
+        b: its weight in network B.
+        splits: of groups.
+        apart_heads: layers whose outputs stay apart.
+    """
+    name = f"{layer}.weight"
+    if name in spec.tied or name in spec.tied.values():
+        return "its weight is another tensor too"
+    if name not in spec.axes:
+        return "its weight has no axes in the symmetries"
+    head = (len(a), len(b)) if head_of(name, apart_heads) is not None else None
+    if head is not None and head_axis(spec, name) != 0:
+        return "its outputs are not along axis 0"
+    laid: Layout = layout(spec, name, splits, head)
+    if laid.rows not in (None, 0) or laid.columns not in (None, 1) or any(p.apart for p in laid.axes[2:]):
+        return "its outputs are not along axis 0, or its inputs not along axis 1"
+    return Fit(laid.axes[0], laid.axes[1], prod(a.shape[2:]))
+
+
+def refit(
+    spec: Spec,
+    a: Tensors,
+    b: Tensors,
+    state: Tensors,
+    moments: Mapping[str, Joint],
+    splits: Splits,
+    *,
+    ridge: float = 1e-3,
+    target: Target = "averaged",
+    free: Collection[str] = (),
+    apart_heads: Collection[str] = (),
+) -> Refitted:
+    """Refit layers one by one, each to what it shall give on what its parents take in.
+
+    Args:
+        spec: symmetries of both networks.
+        a: tensors of network A.
+        b: tensors of network B, in A's order.
+        state: tensors of the merged network, as `layout.widened` gives them.
+        moments: of what the layers take in, both in A's order (`moments.joint_moments`).
+        splits: of groups.
+        ridge: pull to the block average, in [0, inf).
+        target: what a layer shall give.
+        free: layers without a bias whose outputs a norm centres, such as those before BatchNorm.
+        apart_heads: layers whose outputs stay apart.
+
+    Raises:
+        ParameterError: If the ridge or the target is out of range.
+        ShapeError: If moments are of another layer.
+    """
+    if target not in _VIEWS:
+        raise ParameterError(f"target is {target!r}; it is {', '.join(_VIEWS)}")
+    done = Refitted({}, {})
+    for layer, joint in moments.items():
+        name = f"{layer}.weight"
+        fit = fit_of(spec, layer, a[name], b[name], splits, apart_heads)
+        if isinstance(fit, str):
+            done.kept[layer] = fit
+            continue
+        normal = _normal(layer, joint, fit, (a, b), target)
+        bias = f"{layer}.bias" in state
+        used = normal.centred() if bias or layer in free else normal
+        prior = state[name].detach().double().cpu().reshape(len(state[name]), -1)
+        weight = solve(used, prior, fit.rows.side, fit.entries.side, ridge)
+        done.residuals[layer] = used.residual(weight)
+        done.tensors[name] = weight.reshape(state[name].shape).to(state[name])
+        if bias:
+            offset = (normal.targets - weight @ normal.inputs) / normal.count
+            done.tensors[f"{layer}.bias"] = offset.to(state[f"{layer}.bias"])
+    return done
+
+
+#: Per view of the data: share of x_A and x_B in merged inputs, which own inputs are seen, and whose outputs are wanted.
+_VIEWS: Mapping[Target, tuple[tuple[float, float, tuple[Side, ...], float, float], ...]] = {
+    "averaged": ((0.5, 0.5, (Side.FIRST, Side.SECOND), 0.5, 0.5),),
+    "separate": ((1.0, 0.0, (Side.FIRST,), 1.0, 0.0), (0.0, 1.0, (Side.SECOND,), 0.0, 1.0)),
+    "mixed": ((0.5, 0.5, (Side.FIRST,), 1.0, 0.0), (0.5, 0.5, (Side.SECOND,), 0.0, 1.0)),
+}
+
+
+def _coefficients(side: Tensor, first: float, second: float, seen: tuple[Side, ...]) -> tuple[Tensor, Tensor]:
+    own = float(Side.FIRST in seen), float(Side.SECOND in seen)
+    table = torch.tensor([[first, own[0], 0.0], [second, 0.0, own[1]]], dtype=torch.float64)
+    return table[0][side.long()], table[1][side.long()]
+
+
+def _normal(layer: str, joint: Joint, fit: Fit, networks: tuple[Tensors, Tensors], target: Target) -> Normal:
+    """Normal equations from moments alone."""
+    name, f = f"{layer}.weight", joint.entries
+    weights = [n[name].detach().double().cpu().reshape(len(n[name]), -1) for n in networks]
+    biases = [n[f"{layer}.bias"].detach().double().cpu() if f"{layer}.bias" in n else w.new_zeros(len(w))
+              for n, w in zip(networks, weights, strict=True)]  # fmt: skip
+    if any(w.shape[1] != f for w in weights):
+        raise ShapeError(f"{name} takes in {weights[0].shape[1]} entries, and its moments are those of {f}")
+    entries, rows = fit.entries, fit.rows
+    normal = Normal.empty(len(entries), len(rows))
+    at_a, at_b = (torch.where(entries.side == other, 0, entries.index) for other in (Side.SECOND, Side.FIRST))
+    for first, second, seen, out_first, out_second in _VIEWS[target]:
+        of_a, of_b = _coefficients(entries.side, first, second, seen)
+        read = of_a[:, None] * joint.gram[at_a] + of_b[:, None] * joint.gram[f + at_b]  # (F, 2f + 1)
+        to_a, to_b = _coefficients(rows.side, out_first, out_second, seen)
+        made = torch.zeros(len(rows), 2 * f + 1, dtype=torch.float64)  # targets from [x_A; x_B; 1]
+        row_a, row_b = (torch.where(rows.side == other, 0, rows.index) for other in (Side.SECOND, Side.FIRST))
+        made[:, :f], made[:, f:-1] = to_a[:, None] * weights[0][row_a], to_b[:, None] * weights[1][row_b]
+        made[:, -1] = to_a * biases[0][row_a] + to_b * biases[1][row_b]
+        normal.gram += of_a * read[:, at_a] + of_b * read[:, f + at_b]
+        normal.cross += product(read, made.T)
+        normal.inputs += read[:, -1]
+        summed = product(made, joint.gram)
+        normal.targets += summed[:, -1]
+        normal.squares += float((summed * made).sum())
+        normal.count += joint.count
+    return normal

@@ -1,0 +1,267 @@
+"""Refit a merged network from front to back, each layer on what the layers before it, already refitted, really give.
+
+    x: what the merged network hands to a layer        y: what its parents' layers give on the same inputs
+    W = argmin sum |W x - y|^2 + lambda |W - W_0|^2
+
+All inputs run through the merged network at once: a layer is refitted when they reach it and then applied, so that one
+run does all layers. BatchNorm takes the statistics of this run, which are those of all inputs. Parents run in
+evaluation mode; their BatchNorm should have been measured on these inputs before.
+
+Source: the layer-wise targets of Nasery et al. 2024, arXiv:2407.02447 (PLeaS), with the merged network's own inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merganser.align.activations import Batch
+from merganser.align.autocorrelation import Windows
+from merganser.align.layout import Splits
+from merganser.align.match import Progress
+from merganser.align.ran import examples, layers_run
+from merganser.align.refit import Fit, Normal, Refitted, fit_of, solve
+from merganser.errors import NonFiniteError, ParameterError, ShapeError
+from merganser.noise import uniform
+from merganser.symmetry import Spec
+from merganser.symmetry.record import evaluating
+
+#: From what both parents' layer gives, (n, out) each, to what the merged layer shall give.
+Blend = Callable[[Tensor, Tensor], Tensor]
+#: Rows that are multiplied at once.
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which rows a layer is fitted to.
+
+    Attributes:
+        rows: at most so many a layer, drawn from all places of all inputs; at least 4 times as many as a row has
+            entries are taken where there are so many.
+        seed: of the drawing.
+        memory_bytes: for what the parents give at these places; they run again when it is used up.
+    """
+
+    rows: int = 20_000
+    seed: int = 0
+    memory_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        """Refuse no rows."""
+        if self.rows < 1:
+            raise ParameterError(f"rows is {self.rows}; it is how many a layer, at least 1")
+
+    def drawn(self, layer: str, entries: int, total: int) -> Tensor:
+        """Numbers of rows, ascending."""
+        wanted = max(self.rows, 4 * entries)
+        if wanted >= total:
+            return torch.arange(total)
+        return uniform(self.seed, "rows", layer, 0, total).argsort(stable=True)[:wanted].sort().values
+
+
+def refit_in_sequence(
+    merged: nn.Module,
+    one: nn.Module,
+    two: nn.Module,
+    spec: Spec,
+    splits: Splits,
+    batches: Sequence[Batch],
+    *,
+    ridge: float = 1e-3,
+    sampling: Sampling | None = None,
+    apart_heads: Collection[str] = (),
+    blends: Mapping[str, Blend] | None = None,
+    progress: Progress | None = None,
+) -> Refitted:
+    """Refit the layers of a merged network in the order in which they run.
+
+    Layers are nn.Linear, nn.Conv1d and nn.Conv2d without groups that own their weight and run once; others are left.
+
+    Args:
+        merged: the block average, as `wider.widen` builds it; changed in place, BatchNorm's statistics too.
+        one: network A, in evaluation mode.
+        two: network B, in A's order.
+        spec: symmetries of A.
+        splits: of groups.
+        batches: inputs of one shape but for the number of examples; all run through `merged` at once.
+        ridge: pull to the block average, in [0, inf).
+        sampling: which rows a layer is fitted to.
+        apart_heads: layers whose outputs stay apart.
+        blends: by layer, what it shall give in place of the mean.
+        progress: called as (layers done, layers).
+
+    Raises:
+        ParameterError: If there is no batch, or batches cannot be joined.
+        ShapeError: If the networks take in tensors of different shapes.
+        NonFiniteError: If a layer takes in or gives NaN or infinity.
+    """
+    whole, count = joined(batches)
+    seen = layers_run(one, batches[0])
+    work = _Work(merged, (one, two), batches, count, sampling or Sampling(), ridge, blends or {}, progress)
+    weights = [dict(n.named_parameters()) for n in (one, two)]
+    for layer, why in seen.left.items():
+        work.done.kept[layer] = why
+    for layer in seen.layers:
+        name = f"{layer}.weight"
+        fit = fit_of(spec, layer, weights[0][name], weights[1][name], splits, apart_heads)
+        if isinstance(fit, str):
+            work.done.kept[layer] = fit
+        else:
+            work.fits[layer] = fit
+    work.places = {layer: seen.places[layer] for layer in work.fits}
+    work.free = seen.free
+    norms = [m for m in merged.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    with ExitStack() as stack, evaluating(merged), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative mean
+            norm.train()
+        for layer in work.fits:
+            hook = merged.get_submodule(layer).register_forward_pre_hook(partial(work.reached, layer), with_kwargs=True)
+            stack.callback(hook.remove)
+        merged(*whole[0], **whole[1])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return work.done
+
+
+def joined(batches: Sequence[Batch]) -> tuple[Batch, int]:
+    """All batches as one, and its number of examples: tensors end to end, everything else must be the same.
+
+    Raises:
+        ParameterError: If there is none, or they do not fit together.
+    """
+    if not batches:
+        raise ParameterError("there is no batch to refit by")
+    sizes = [examples(batch) for batch in batches]
+
+    def together(values: Sequence[Any]) -> Any:
+        if all(isinstance(x, Tensor) and x.ndim and len(x) == n for x, n in zip(values, sizes, strict=True)):
+            return torch.cat(list(values))
+        if all(x is values[0] or (not isinstance(x, Tensor) and x == values[0]) for x in values):
+            return values[0]
+        raise ParameterError("batches differ in what is no tensor of examples", "give the same settings in all of them")
+
+    (args, kwargs) = batches[0]
+    if any(len(a) != len(args) or k.keys() != kwargs.keys() for a, k in batches):
+        raise ParameterError("batches differ in how many inputs they have", "give the same inputs in all of them")
+    try:
+        positional = tuple(together([a[i] for a, _ in batches]) for i in range(len(args)))
+        named = {name: together([k[name] for _, k in batches]) for name in kwargs}
+    except RuntimeError as error:
+        raise ParameterError(f"batches cannot be joined: {error}", "give inputs of one shape in all of them") from error
+    return (positional, named), sum(sizes)
+
+
+@dataclass
+class _Work:
+    """A run through the merged network, layer after layer."""
+
+    merged: nn.Module
+    parents: tuple[nn.Module, nn.Module]
+    batches: Sequence[Batch]
+    count: int
+    sampling: Sampling
+    ridge: float
+    blends: Mapping[str, Blend]
+    progress: Progress | None
+    fits: dict[str, Fit] = field(default_factory=dict)
+    places: dict[str, int] = field(default_factory=dict)
+    free: Collection[str] = ()
+    wanted: dict[str, Tensor] = field(default_factory=dict)
+    done: Refitted = field(default_factory=lambda: Refitted({}, {}))
+
+    def reached(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        """Refit a layer on what it takes in."""
+        x = args[0] if args else kwargs["input"]
+        y, drawn = self._targets(name), self._drawn(name)
+        fit, weight = self.fits[name], layer.get_parameter("weight")
+        normal = Normal.empty(weight[0].numel(), len(weight))
+        for start, rows in enumerate(rows_of(layer, x, drawn)):
+            normal.add(rows, y[start * CHUNK : (start + 1) * CHUNK].double())
+        if not bool(torch.isfinite(normal.gram).all() and torch.isfinite(normal.cross).all()):
+            raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        used = normal.centred() if bias is not None or name in self.free else normal
+        prior = weight.detach().double().cpu().reshape(len(weight), -1)
+        found = solve(used, prior, fit.rows.side, fit.entries.side, self.ridge)
+        self.done.residuals[name] = used.residual(found)
+        weight.copy_(found.reshape(weight.shape))
+        self.done.tensors[f"{name}.weight"] = weight.detach()
+        if bias is not None:
+            bias.copy_((normal.targets - found @ normal.inputs) / normal.count)
+            self.done.tensors[f"{name}.bias"] = bias.detach()
+        if self.progress is not None:
+            self.progress(len(self.done.residuals), len(self.fits))
+
+    def _drawn(self, name: str) -> Tensor:
+        weight = self.merged.get_submodule(name).get_parameter("weight")
+        return self.sampling.drawn(name, weight[0].numel(), self.count * self.places[name])
+
+    def _targets(self, name: str) -> Tensor:
+        """What a layer shall give at its rows; the parents run for this one and as many after it as memory holds."""
+        if name not in self.wanted:
+            layers = list(self.fits)
+            free = self.sampling.memory_bytes
+            some: list[str] = []
+            for later in layers[layers.index(name) :]:
+                free -= 8 * len(self._drawn(later)) * len(self.merged.get_submodule(later).get_parameter("weight"))
+                if some and free < 0:
+                    break
+                some.append(later)
+            first, second = (self._given(parent, some) for parent in self.parents)
+            for later in some:
+                blend = self.blends.get(later, self.fits[later].blend)
+                self.wanted[later] = blend(first.pop(later), second.pop(later))
+        return self.wanted.pop(name)
+
+    def _given(self, parent: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
+        """What layers of a parent give at their rows, in its own type."""
+        found: dict[str, list[Tensor]] = {name: [] for name in layers}
+        drawn = {name: self._drawn(name) for name in layers}
+        start = 0
+
+        def ran(name: str, layer: nn.Module, _args: Any, y: Tensor) -> None:
+            units = len(layer.get_parameter("weight"))
+            flat = y.reshape(-1, units) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, units)
+            first = start * self.places[name]
+            here = drawn[name][
+                torch.searchsorted(drawn[name], first) : torch.searchsorted(drawn[name], first + len(flat))
+            ]
+            found[name].append(flat[(here - first).to(flat.device)])
+
+        with ExitStack() as stack, evaluating(parent), torch.no_grad():
+            for name in layers:
+                stack.callback(parent.get_submodule(name).register_forward_hook(partial(ran, name)).remove)
+            for batch in self.batches:
+                parent(*batch[0], **batch[1])
+                start += examples(batch)
+        given = {name: torch.cat(parts) for name, parts in found.items()}
+        for name, y in given.items():
+            if len(y) != len(drawn[name]):
+                raise ShapeError(
+                    f"{name} gives {len(y)} rows, and {len(drawn[name])} were drawn", "inputs differ in shape"
+                )
+        return given
+
+
+def rows_of(layer: nn.Module, x: Tensor, chosen: Tensor) -> Iterator[Tensor]:
+    """Some rows of what a layer takes in, `CHUNK` at a time: float64, shape (n, entries)."""
+    if isinstance(layer, nn.Linear):
+        flat = x.reshape(-1, x.shape[-1])
+        yield from (flat[part.to(x.device)].double().cpu() for part in torch.split(chosen, CHUNK))
+        return
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    windows = Windows.of(layer)
+    view = windows.view(windows.padded(x))
+    for part in torch.split(chosen, CHUNK):
+        at = torch.unravel_index(part.to(x.device), view.shape[:3])
+        yield view[at].reshape(len(part), -1).double().cpu()

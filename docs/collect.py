@@ -19,6 +19,7 @@ PAGES = {
         ("text8-settings", "vision8-settings", "text8-hot", "text8-long", "text8-smooth"),
     ),
     "cifar5x5": (("cifar5x5", "barrier"), ()),
+    "pleas": (("pleas_disjoint", "pleas_domains"), ()),
 }
 
 

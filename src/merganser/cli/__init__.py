@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from merganser.cli.align import align
 from merganser.cli.barrier import barrier
 from merganser.cli.checkpoint import convert, inspect
+from merganser.cli.decentral import app as decentral_app
 from merganser.cli.diff import diff
 from merganser.cli.doctor import doctor
 from merganser.cli.fold import app as fold_app
@@ -18,6 +19,7 @@ from merganser.cli.measure import measure
 from merganser.cli.meet import meet
 from merganser.cli.merge import merge, plan
 from merganser.cli.methods import methods
+from merganser.cli.pleas import pleas
 from merganser.cli.study import study
 from merganser.cli.symmetry import app as symmetry_app
 from merganser.cli.zip import zip_
@@ -56,7 +58,9 @@ app.add_typer(zoo_app, name="zoo")
 app.command()(align)
 app.command()(meet)
 app.command("zip")(zip_)
+app.command()(pleas)
 app.command()(barrier)
+app.add_typer(decentral_app, name="decentral")
 app.command()(study)
 app.command()(methods)
 app.command()(inspect)

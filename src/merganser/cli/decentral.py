@@ -1,0 +1,143 @@
+"""`merganser decentral`: agents that train on data of their own and merge with their neighbours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from merganser.cli.show import console
+from merganser.cli.zoo import Data
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="Agents that train on data of their own and merge with their neighbours.", no_args_is_help=True)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: agents, topology, rounds, merge, data, ...")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run: journal, checkpoints, report.")],
+    data: Data = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of that of the configuration.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
+    faults: Annotated[
+        str, typer.Option(metavar="PLAN", help="Fail on purpose: AGENT:ROUND:PHASE:ACTION[:SECONDS],...")
+    ] = "",
+    quiet: Quiet = False,
+) -> None:
+    """Run all rounds, and write a report.
+
+    A run that was interrupted, or killed, goes on with --resume as if nothing had happened.
+
+    merganser decentral run examples/decentral/digits.yaml --out runs/digits
+    """
+    from merganser.decentral.baselines import effective
+    from merganser.decentral.faults import parse_faults
+    from merganser.decentral.rounds import run as run_rounds
+    from merganser.decentral.rounds import together
+    from merganser.decentral.words import load_config
+    from merganser.study.agents import Learners
+    from merganser.study.agents_page import write_report
+
+    words = load_config(config)
+    if seed is not None:
+        words = words.model_copy(update={"seed": seed})
+    plan = parse_faults(faults, words.limits)
+    learners = Learners(words, data)
+    words = effective(words)
+    with _live(quiet) as progress:
+        crew = together(words, learners, folder=out, hook=plan.hook, tamper=plan.tamper)
+        lines = run_rounds(words, crew, out, resume=resume, progress=progress)
+    write_report(words, lines, out)
+    if not quiet:
+        _print(lines)
+        console().print(f"{out / 'report.html'}: written")
+
+
+@app.command()
+def show(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of runs.")],
+) -> None:
+    """Print the rounds of a run, or the last rounds of several with spread over agents and over seeds apart.
+
+    merganser decentral show runs/digits
+    merganser decentral show runs/seed-0 runs/seed-1 runs/seed-2
+    """
+    from merganser.decentral.page import SEEDS_HEADER, cost, outcome, over_seeds, setting
+    from merganser.decentral.rounds import config_of, journal
+
+    runs = [(config_of(folder), journal(folder)) for folder in folders]
+    if len(runs) == 1:
+        ((config, lines),) = runs
+        _print(lines)
+        console().print(f"{outcome(lines)}\n{setting(config)}\n{cost(lines)}")
+        return
+    table = _table(SEEDS_HEADER)
+    for row in over_seeds(runs):
+        table.add_row(*row)
+    console().print(table)
+
+
+@app.command()
+def topology(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="ring, full, star, hub, torus, exponential, ...")],
+    agents: Annotated[int, typer.Argument(metavar="N", min=1, help="How many agents.")],
+    weights: Annotated[str, typer.Option(help="metropolis, uniform or lazy.")] = "metropolis",
+    seed: Annotated[int, typer.Option(min=0, help="Of random matchings.")] = 0,
+    file: Annotated[str | None, typer.Option(metavar="FILE", help="JSON; for the kind file.")] = None,
+) -> None:
+    """Print a graph's mixing weights, lambda2 and spectral gap.
+
+    merganser decentral topology ring 5
+    """
+    from merganser.decentral.describing import describe
+    from merganser.decentral.topology import topology_of
+    from merganser.decentral.words import read_config
+
+    words: dict[str, Any] = {"kind": kind, "weights": weights, "seed": seed, "file": file}
+    config = read_config({"agents": agents, "rounds": 1, "network": {}, "data": {"source": {}}, "topology": words})
+    console().print(describe(topology_of(config.topology, agents)))
+
+
+@contextmanager
+def _live(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """A table that grows by a round at a time, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from merganser.decentral.page import HEADER, row
+
+    table = _table(HEADER)
+    with Live(table, console=Console(stderr=True), transient=True, auto_refresh=False) as live:
+
+        def progress(line: dict[str, Any]) -> None:
+            table.add_row(*row(line))
+            live.refresh()
+
+        yield progress
+
+
+def _print(lines: Sequence[dict[str, Any]]) -> None:
+    from merganser.decentral.page import HEADER, row
+
+    table = _table(HEADER)
+    for line in lines:
+        table.add_row(*row(line))
+    console().print(table)
+
+
+def _table(header: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    return Table(*header, box=None, pad_edge=False)

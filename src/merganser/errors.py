@@ -12,6 +12,7 @@ MerganserError
 │   └── NonFiniteError
 ├── AdapterError        an adapter that cannot be applied faithfully
 ├── OutputError         the place to write to is taken, full or unwritable
+├── ClusterError        machines that should share the work cannot, or stopped; nothing is there
 └── StateError          a fold that the state cannot take; the state is as it was
 """
 
@@ -76,6 +77,10 @@ class AdapterError(MerganserError):
 
 class OutputError(MerganserError):
     """The place to write to is taken, full or unwritable."""
+
+
+class ClusterError(MerganserError):
+    """Machines that should share the work cannot, or stopped; nothing is there."""
 
 
 class StateError(MerganserError):

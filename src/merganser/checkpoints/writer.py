@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,8 +28,8 @@ from typing import Any
 from torch import Tensor
 
 from merganser.checkpoints.journal import Journal, adopted
+from merganser.checkpoints.placed import Place, PlacedWriter
 from merganser.errors import MerganserError, OutputError
-from merganser.numerics import narrowed, raw_bytes
 from merganser.types import ITEM_BYTES, TensorInfo
 
 RECEIPT_NAME = "merganser.json"
@@ -234,17 +235,16 @@ class CheckpointWriter:
         self._aliases, self._stem = dict(aliases or {}), stem
         self._total_bytes = sum(info.nbytes for info in self.infos.values())
         self._transaction = FolderTransaction(target, overwrite=overwrite, resume=resume)
-        self._hashes: dict[str, Any] = {name: hashlib.sha256() for name in self.infos}
-        self._written = dict.fromkeys(self.infos, 0)
         self._journal = Journal(self.folder, resume) if resume is not None else None
         try:
             free = shutil.disk_usage(self._transaction.folder).free
             if free < self._total_bytes and not self._transaction.resumed:
                 raise OutputError(f"{target} needs {self._total_bytes:,} bytes, and the disk has {free:,} free")
-            self._open_files(shard_bytes)
+            self._placed = PlacedWriter(self.folder, target, self._open_files(shard_bytes))
             self.done: frozenset[str] = self._recovered() if self._transaction.resumed else frozenset()
             if self._journal is not None:
-                self._journal.begin({name: self._hashes[name].hexdigest() for name in self.done})
+                digests = self._placed.digests()
+                self._journal.begin({name: digests[name] for name in self.done})
         except OSError as error:
             self._transaction.abort()
             raise OutputError(f"{target} cannot be written: {error.strerror}") from error
@@ -261,9 +261,14 @@ class CheckpointWriter:
         """The temporary folder; files put here become part of the checkpoint."""
         return self._transaction.folder
 
-    def _open_files(self, shard_bytes: int) -> None:
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """Where the bytes of every tensor go, in files that are there: another process may put them (see `take`)."""
+        return self._placed.places
+
+    def _open_files(self, shard_bytes: int) -> dict[str, Place]:
         shards = plan_shards(self.infos, shard_bytes)
-        self._where: dict[str, tuple[Path, int]] = {}
+        places: dict[str, Place] = {}
         self.files: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             tail = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -279,7 +284,7 @@ class CheckpointWriter:
                     "shape": list(info.shape),
                     "data_offsets": [position, position + info.nbytes],
                 }
-                self._where[name] = (path, position)
+                places[name] = Place(info, path.name, position)
                 self.files[name] = path.name
                 position += info.nbytes
             text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -289,7 +294,8 @@ class CheckpointWriter:
                 file.write(struct.pack("<Q", len(text)) + text)
                 file.truncate(start + position)
             for name in names:
-                self._where[name] = (path, start + self._where[name][1])
+                places[name] = replace(places[name], offset=start + places[name].offset)
+        return places
 
     def put(self, name: str, tensor: Tensor, start_row: int = 0) -> None:
         """Write a tensor, or the rows of it from `start_row` on; rows of one tensor come in order.
@@ -298,40 +304,36 @@ class CheckpointWriter:
             OutputError: If the disk is full.
             NonFiniteError: If a finite value does not fit the tensor's type.
         """
-        info = self.infos[name]
-        data = raw_bytes(narrowed(tensor.detach(), info.dtype, name).cpu())
-        offset = start_row * (info.nbytes // info.rows) if info.rows else 0
-        if offset != self._written[name] or offset + len(data) > info.nbytes:
-            raise ValueError(f"{name}: bytes [{offset}, {offset + len(data)}) do not follow {self._written[name]}")
-        path, begin = self._where[name]
-        try:
-            with path.open("r+b", buffering=0) as file:
-                file.seek(begin + offset)
-                done = 0
-                while done < len(data):
-                    done += file.write(data[done:]) or 0
-        except OSError as error:
-            raise OutputError(f"{self.target} cannot be written: {error.strerror}") from error
-        self._hashes[name].update(data)
-        self._written[name] = offset + len(data)
-        if self._journal is not None and self._written[name] == info.nbytes:
-            self._journal.add(name, self._hashes[name].hexdigest())
-        self._flush_behind(path, len(data))
+        count = self._placed.put(name, tensor, start_row)
+        if self._journal is not None and self._placed.is_whole(name):
+            self._journal.add(name, self._placed.digest(name))
+        self._flush_behind(self.folder / self.files[name], count)
+
+    def take(self, name: str, digest: str) -> None:
+        """Count a tensor as written that another process put in its place.
+
+        Args:
+            name: of the tensor.
+            digest: sha256 of its bytes.
+        """
+        self._placed.take(name, digest)
+        if self._journal is not None:
+            self._journal.add(name, digest)
 
     def _recovered(self) -> frozenset[str]:
         """Tensors of the journal whose bytes are there: a machine that failed may have lost some."""
         assert self._journal is not None
         for name, digest in self._journal.entries().items():
-            (path, begin), left = self._where[name], self.infos[name].nbytes
-            hashed = hashlib.sha256()
-            with path.open("rb") as file:
-                file.seek(begin)
+            place = self._placed.places[name]
+            left, hashed = place.info.nbytes, hashlib.sha256()
+            with (self.folder / place.file).open("rb") as file:
+                file.seek(place.offset)
                 while left and (block := file.read(min(left, FLUSH_BYTES))):
                     hashed.update(block)
                     left -= len(block)
             if hashed.hexdigest() == digest:
-                self._hashes[name], self._written[name] = hashed, self.infos[name].nbytes
-        return frozenset(name for name, written in self._written.items() if written)
+                self._placed.take(name, digest)
+        return frozenset(name for name in self.infos if self._placed.is_begun(name))
 
     def _flush_behind(self, path: Path, count: int) -> None:
         """Begin to flush what is written while the next is computed, so that the commit need not wait for all of it."""
@@ -345,7 +347,7 @@ class CheckpointWriter:
 
     def digests(self) -> dict[str, str]:
         """sha256 of every tensor's bytes."""
-        return {name: hashed.hexdigest() for name, hashed in self._hashes.items()}
+        return self._placed.digests()
 
     def commit(self, receipt: Mapping[str, Any], companions: Iterable[Path] = ()) -> None:
         """Add index, companions and receipt, flush all to disk, and rename the folder into place.
@@ -353,7 +355,7 @@ class CheckpointWriter:
         Raises:
             OutputError: If a companion cannot be copied or the rename fails.
         """
-        if unwritten := [n for n, info in self.infos.items() if self._written[n] != info.nbytes]:
+        if unwritten := [name for name in self.infos if not self._placed.is_whole(name)]:
             raise ValueError(f"never written in full: {unwritten[:3]}")
         try:
             if len(set(self.files.values())) > 1:

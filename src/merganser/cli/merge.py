@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from merganser.cli.show import console, progress_bar
 if TYPE_CHECKING:
     from merganser.merging.adapter_plan import AdapterMerge
     from merganser.merging.merged import Merged
+    from merganser.merging.recipe import Recipe
 
 RecipeFile = Annotated[Path, typer.Argument(help="A YAML file, in our language or in mergekit's.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Warn of unknown keys, which mergekit ignores.")]
@@ -31,6 +32,13 @@ def merge(
     threads: Annotated[int | None, typer.Option(help="Tensors at a time; all processors by default.")] = None,
     memory: Memory = None,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes at which the next file is begun.")] = 5_000_000_000,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="local|HOST:PORT", help="Have the files written by a Ray cluster, or by local processes."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: tasks at a time; all that there is room for by default.")
+    ] = None,
 ) -> None:
     """Merge several models into one, tensor by tensor, in constant memory.
 
@@ -48,21 +56,28 @@ def merge(
 
     Recipes written for mergekit-yaml are understood as they are. `merganser plan RECIPE` shows what would be done.
     """
+    from merganser.errors import ParameterError
     from merganser.merging.adapter_plan import AdapterMerge
-    from merganser.merging.run import run
+    from merganser.merging.run import plan_any, run
 
-    merged = _planned(recipe, lenient)
+    if workers is not None and ray is None:
+        raise ParameterError("--workers is for --ray", "--threads is how many tensors one process works on at a time")
+    recipes = _read(recipe, lenient)
+    memory_bytes = None if memory is None else memory * 1_000_000
+    options: dict[str, Any] = {"shard_bytes": shard_bytes, "resume": resume, "overwrite": overwrite}
+    if ray is not None:
+        from merganser.merging.cluster import Limits, merge_on
+        from merganser.merging.cluster_ray import connected
+
+        limits = Limits(workers=workers, threads=threads, memory_bytes=memory_bytes)
+        plan_any(recipes)  # what cannot succeed is refused before any process is begun
+        with connected(ray, workers=workers, threads=threads) as tasks, progress_bar("merging") as progress:
+            merge_on(tasks, recipes, out, limits=limits, progress=progress, **options)
+        console().print(f"wrote {out}", soft_wrap=True)
+        return
+    merged = plan_any(recipes)
     with progress_bar("merging") as progress:
-        run(
-            merged,
-            out,
-            shard_bytes=shard_bytes,
-            threads=threads,
-            memory_bytes=None if memory is None else memory * 1_000_000,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        run(merged, out, threads=threads, memory_bytes=memory_bytes, progress=progress, **options)
     console().print(f"wrote {out}", soft_wrap=True)
     if isinstance(merged, AdapterMerge):
         _print_errors(out)
@@ -131,10 +146,15 @@ def _print_errors(out: Path) -> None:
 
 
 def _planned(recipe: Path, lenient: bool) -> Merged | AdapterMerge:
-    from merganser.merging.native import read_recipes
     from merganser.merging.run import plan_any
+
+    return plan_any(_read(recipe, lenient))
+
+
+def _read(recipe: Path, lenient: bool) -> tuple[Recipe, ...]:
+    from merganser.merging.native import read_recipes
 
     recipes, warnings = read_recipes(recipe, lenient=lenient)
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
-    return plan_any(recipes)
+    return recipes

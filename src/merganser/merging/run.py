@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from merganser.checkpoints import open_source
 from merganser.checkpoints.folder import stem_for
 from merganser.checkpoints.lora_config import CONFIG_NAME
 from merganser.checkpoints.overlap import local_paths, refuse_overlap
+from merganser.checkpoints.placed import PlacedWriter
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory, write_json
 from merganser.continual.roles import is_matrix
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
@@ -143,39 +144,72 @@ def run(
     if isinstance(merged, AdapterMerge):
         return _run_adapters(merged, out, threads=threads, overwrite=overwrite, progress=progress)
     began = time.perf_counter()
-    plan = merged.plan
-    refuse_overlap(out, list(_files(plan)))
-    with CheckpointWriter(
+    with open_writer(merged, out, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as writer:
+        jobs = [
+            Job(name, partial(write_tensor, merged, writer, name), job_bytes(merged, name), info.nbytes)
+            for name, info in writer.infos.items()
+            if name not in writer.done
+        ]
+        run_jobs(jobs, threads=threads, progress=progress)
+        read = {ref: digests_of(source) for ref, source in files_of(merged.plan).items()}
+        finish(merged, writer, read, wall_s=time.perf_counter() - began, peak_memory_bytes=peak_memory())
+    return out
+
+
+def open_writer(merged: Merged, out: Path, *, shard_bytes: int, resume: bool, overwrite: bool) -> CheckpointWriter:
+    """The writer of a planned merge.
+
+    Raises:
+        OutputError: If the folder may not be written, or is among what is read.
+    """
+    refuse_overlap(out, list(files_of(merged.plan)))
+    return CheckpointWriter(
         out,
         merged.infos,
         aliases=merged.aliases,
         shard_bytes=shard_bytes,
         overwrite=overwrite,
         stem=stem_for(merged.companions()),
-        resume=f"{_key(merged)} {shard_bytes}" if resume else None,
-    ) as writer:
-        jobs = [
-            Job(name, partial(_write, merged, writer, name), job_bytes(merged, name), info.nbytes)
-            for name, info in writer.infos.items()
-            if name not in writer.done
-        ]
-        run_jobs(jobs, threads=threads, progress=progress)
-        companions = write_companions(plan, writer.folder, taken={*writer.files.values()})
-        receipt = {
-            "merganser": __version__,
-            "torch": torch.__version__,
-            "recipe": plan.recipe.text,
-            "method": plan.recipe.method,
-            "dialect": plan.recipe.dialect,
-            "inputs": {ref: _digests(source) for ref, source in _files(plan).items()},
-            "resumed": sorted(writer.done),
-            "seed": plan.recipe.seed,
-            "wall_s": round(time.perf_counter() - began, 3),
-            "peak_bytes": peak_memory(),
-            "outputs": writer.digests(),
-        }
-        writer.commit(receipt, companions)
-    return out
+        resume=f"{key_of(merged)} {shard_bytes}" if resume else None,
+    )
+
+
+def finish(
+    merged: Merged,
+    writer: CheckpointWriter,
+    read: Mapping[str, Mapping[str, str]],
+    *,
+    wall_s: float,
+    peak_memory_bytes: int,
+) -> None:
+    """Add the files beside the tensors, which are all written, and make the folder real.
+
+    Args:
+        merged: what was written.
+        writer: that wrote it.
+        read: digests of the tensors that were read, by reference and name.
+        wall_s: seconds that it took.
+        peak_memory_bytes: memory that it took.
+    """
+    recipe = merged.plan.recipe
+    companions = write_companions(merged.plan, writer.folder, taken={*writer.files.values()})
+    receipt = {
+        "merganser": __version__,
+        "torch": torch.__version__,
+        "recipe": recipe.text,
+        "method": recipe.method,
+        "dialect": recipe.dialect,
+        "inputs": {
+            ref: {"identity": source.identity, "tensors": read.get(ref, {})}
+            for ref, source in files_of(merged.plan).items()
+        },
+        "resumed": sorted(writer.done),
+        "seed": recipe.seed,
+        "wall_s": round(wall_s, 3),
+        "peak_bytes": peak_memory_bytes,
+        "outputs": writer.digests(),
+    }
+    writer.commit(receipt, companions)
 
 
 def _run_adapters(merge: AdapterMerge, out: Path, *, threads: int, overwrite: bool, progress: Progress | None) -> Path:
@@ -202,7 +236,8 @@ def _run_adapters(merge: AdapterMerge, out: Path, *, threads: int, overwrite: bo
     return out
 
 
-def _write(merged: Merged, writer: CheckpointWriter, name: str) -> None:
+def write_tensor(merged: Merged, writer: CheckpointWriter | PlacedWriter, name: str) -> None:
+    """Merge one tensor, chunk by chunk, into its place."""
     for rows in merged.chunks(name):
         writer.put(name, merged.read(name, rows), rows[0] if rows is not None else 0)
     merged.forget(name)
@@ -264,20 +299,18 @@ def _plans(plan: Plan) -> list[Plan]:
     return list(found.values())
 
 
-def _files(plan: Plan) -> dict[str, Source]:
+def files_of(plan: Plan) -> dict[str, Source]:
     """Every source that is read from files, through all stages, by its reference."""
     sources = {ref: unwrapped(source) for one in _plans(plan) for ref, source in one.sources.items()}
     return {ref: source for ref, source in sources.items() if not isinstance(source, Merged)}
 
 
-def _digests(source: Source) -> dict[str, Any]:
-    return {
-        "identity": source.identity,
-        "tensors": source.digests() if isinstance(source, Digested) else {},
-    }
+def digests_of(source: Source) -> dict[str, str]:
+    """Digests of the tensors of a source that were read whole, by name; none where nobody kept them."""
+    return source.digests() if isinstance(source, Digested) else {}
 
 
-def _key(merged: Merged) -> str:
+def key_of(merged: Merged) -> str:
     """One line that stands for the merge: what every tensor is made of, and the files as they are now."""
     hashed = hashlib.sha256(__version__.encode())
     for plan in _plans(merged.plan):
@@ -286,7 +319,7 @@ def _key(merged: Merged) -> str:
         parts += [(name, tensor) for name, tensor in plan.tensors.items()]
         parts += [sorted(plan.aliases.items()), sorted(recipe.written.items())]  # by what is written noise is drawn
         hashed.update(repr(parts).encode())
-    for ref in _files(merged.plan):
+    for ref in files_of(merged.plan):
         for path in local_paths(ref):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 status = file.stat()

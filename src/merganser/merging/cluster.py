@@ -1,0 +1,301 @@
+"""A merge done by many machines: the bytes are those of one process, and one process makes the folder real.
+
+    plan -> [measure: figures of whole models -> plan] -> parts -> tasks write files in place -> index, receipt, rename
+
+The writer lays out all files of the output in its temporary folder, as ever. Tasks put tensors into them and answer
+with digests, which the writer takes over as if it had written them itself, journal and all; so a merge that was begun
+over Ray may be gone on with in one process, and the other way round. Nothing else differs from `merganser.merging.run`.
+
+All machines must see models and output at the same paths.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum
+from pathlib import Path
+from typing import Any, Protocol
+
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory
+from merganser.continual.stream import Progress, usable_threads
+from merganser.errors import ParameterError
+from merganser.merging.adapter_plan import AdapterMerge
+from merganser.merging.cluster_jobs import (
+    ATTEMPTS,
+    PATIENCE_S,
+    Machine,
+    Part,
+    Workers,
+    chosen_threads,
+    coordinate,
+    part_count,
+    places_for,
+    split,
+)
+from merganser.merging.cluster_work import Each, Failure, Work, Written, measure_part, write_part
+from merganser.merging.merged import Merged
+from merganser.merging.recipe import Recipe
+from merganser.merging.run import finish, fitting_threads, key_of, open_writer, peak_bytes, plan_any
+from merganser.merging.vocabulary_rows import unwrapped
+
+#: Memory in bytes that Python and torch take in every task.
+BASE_BYTES = 500_000_000
+
+
+class Tasks(Workers, Protocol):
+    """Workers that run functions: Ray's (`cluster_ray.py`), or this process."""
+
+    @property
+    def machines(self) -> Sequence[Machine]:
+        """Those that are there."""
+        ...
+
+    def share(self, value: Any) -> Any:
+        """Make a value known to all tasks; what is returned is handed to `start` in its place."""
+        ...
+
+    def start(self, task: Callable[..., Any], *args: Any, label: str, threads: int, memory_bytes: int) -> Any:
+        """Have a function called somewhere, and return a handle."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a merge may take and bear.
+
+    Attributes:
+        workers: tasks at a time; None for as many as the machines have room for.
+        threads: of a task; None for one, or more where there are fewer files than processors.
+        memory_bytes: of a task beside Python and torch.
+        attempts: how often a part is given out.
+        patience_s: seconds without any sign of work after which what is under way counts as lost.
+    """
+
+    workers: int | None = None
+    threads: int | None = None
+    memory_bytes: int | None = None
+    attempts: int = ATTEMPTS
+    patience_s: float = PATIENCE_S
+
+
+def merge_on(
+    tasks: Tasks,
+    recipes: Sequence[Recipe],
+    out: Path,
+    *,
+    limits: Limits | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    write: Callable[..., Written | Failure] = write_part,
+) -> Path:
+    """Merge several models into one, by tasks that each write whole files.
+
+    Args:
+        tasks: who does the work.
+        recipes: as `plan_recipes` takes them.
+        out: folder to make.
+        limits: of the work.
+        shard_bytes: size in bytes at which the next file is begun; no more tasks than files work at a time.
+        resume: go on with what an interrupted run of the same plan left; leave it again when interrupted.
+        overwrite: replace a folder that is there.
+        progress: called as (bytes done, bytes in all).
+        write: what a task does.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ParameterError: If no machine has room for a task, or the recipe is of adapters.
+        ClusterError: If workers were lost too often, or are not like each other.
+        MerganserError: If a model cannot be read or merged, or the folder not be written; then nothing is there.
+    """
+    began = time.perf_counter()
+    merged = _planned(recipes)
+    with open_writer(merged, out, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as writer:
+        sizes = {name: moved_bytes(merged, name) for name in writer.infos if name not in writer.done}
+        every = _Every(tasks, merged, sizes, writer.files, limits or Limits(), progress, writer)
+        shared = tasks.share(every.work(recipes, writer.folder, out))
+        read: dict[str, dict[str, str]] = {}
+        peaks = [peak_memory()]
+
+        def start(part: Part) -> Any:
+            return every.start(write, shared, part, {name: writer.places[name] for name in part.names})
+
+        def done(part: Part, result: Written) -> None:
+            for name in part.names:
+                writer.take(name, result.digests[name])
+            for ref, digests in result.read.items():
+                read.setdefault(ref, {}).update(digests)
+            peaks.append(result.peak_bytes)
+
+        every.run(start, done)
+        ordered = {ref: dict(sorted(digests.items())) for ref, digests in read.items()}
+        finish(merged, writer, ordered, wall_s=time.perf_counter() - began, peak_memory_bytes=max(peaks))
+    return out
+
+
+def measure_on(
+    tasks: Tasks,
+    recipes: Sequence[Recipe],
+    each: Each,
+    *,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """A figure of every tensor of a merge, before it: what a first phase measures of whole models.
+
+    Args:
+        tasks: who does the work.
+        recipes: as `plan_recipes` takes them.
+        each: planned merge, name of a tensor -> its figure; a function of a module that the machines have.
+        limits: of the work.
+        progress: called as (bytes done, bytes in all).
+
+    Returns:
+        By name, in the order of the plan.
+
+    Raises:
+        MerganserError: As `merge_on`.
+    """
+    merged = _planned(recipes)
+    sizes = {name: moved_bytes(merged, name) for name in merged.infos}
+    every = _Every(tasks, merged, sizes, {name: name for name in sizes}, limits or Limits(), progress, None)
+    shared = tasks.share(every.work(recipes, None, None))
+    found: dict[str, Any] = {}
+    every.run(
+        lambda part: every.start(measure_part, shared, part, each),
+        lambda _, result: found.update(result),
+    )
+    return {name: found[name] for name in sizes}
+
+
+def summed(figures: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
+    """Figures of whole models from those of their tensors: sums, exactly rounded, so that no order or split shows.
+
+    >>> summed({"a": (1e16, 1.0), "b": (1.0, 2.0), "c": (-1e16, 3.0)})
+    (1.0, 6.0)
+    """
+    return tuple(fsum(column) for column in zip(*figures.values(), strict=True))
+
+
+def measure_then_merge(
+    tasks: Tasks,
+    recipes: Sequence[Recipe],
+    each: Each,
+    then: Callable[[tuple[float, ...]], Sequence[Recipe]],
+    out: Path,
+    **options: Any,
+) -> Path:
+    """Two phases: sums over whole models first, then the merge that they go into as weights or settings.
+
+    Args:
+        tasks: who does the work.
+        recipes: whose models are measured.
+        each: planned merge, name of a tensor -> its share of every sum.
+        then: the sums -> recipes to run. They stand in the plan, so an interrupted second phase can be gone on with.
+        out: folder to make.
+        options: of `merge_on`.
+
+    Raises:
+        MerganserError: As `merge_on`.
+    """
+    return merge_on(tasks, then(summed(measure_on(tasks, recipes, each))), out, **options)
+
+
+def moved_bytes(merged: Merged, name: str) -> int:
+    """Bytes that are read and written for one tensor, through all stages, each model once."""
+    tensor = merged.plan.tensors[name]
+    total = tensor.info.nbytes
+    for piece in dict.fromkeys(p for p in (*tensor.models, tensor.base) if p is not None):
+        source = merged.plan.sources[piece.ref]
+        stage = unwrapped(source)
+        if isinstance(stage, Merged) and piece.name in stage.infos:
+            total += moved_bytes(stage, piece.name)
+        else:
+            total += source.infos[piece.name].nbytes
+    return total
+
+
+def _planned(recipes: Sequence[Recipe]) -> Merged:
+    merged = plan_any(recipes)
+    if isinstance(merged, AdapterMerge):
+        raise ParameterError("adapters are merged with each other by one process", "leave --ray out: it is one file")
+    return merged
+
+
+class _Every:
+    """What the phases share: how many tasks of which size, and how they are seen through."""
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        merged: Merged,
+        sizes: Mapping[str, int],
+        files: Mapping[str, str],
+        limits: Limits,
+        progress: Progress | None,
+        writer: CheckpointWriter | None,
+    ) -> None:
+        self._tasks, self._merged, self._limits, self._progress = tasks, merged, limits, progress
+        self._folder = writer.folder if writer is not None else None
+        machines = tasks.machines
+        threads = limits.threads
+        if threads is None:
+            threads = chosen_threads(machines, len({files[name] for name in sizes}))
+        self._threads = fitting_threads(merged, usable_threads(threads), limits.memory_bytes)
+        self._memory_bytes = BASE_BYTES + peak_bytes(merged, self._threads)
+        places = places_for(machines, self._threads, self._memory_bytes)
+        self._parts = split(sizes, files, part_count(sum(sizes.values()), limits.workers or places))
+        self._window = limits.workers or 2 * places  # one waits behind each, so that none is idle
+
+    def work(self, recipes: Sequence[Recipe], folder: Path | None, target: Path | None) -> Work:
+        """What all tasks must know."""
+        return Work(
+            tuple(recipes),
+            key_of(self._merged),
+            os.getcwd(),
+            str(folder.absolute()) if folder is not None else "",
+            str(target) if target is not None else "",
+            self._threads,
+        )
+
+    def start(self, task: Callable[..., Any], shared: Any, part: Part, *args: Any) -> Any:
+        """Give a part out."""
+        return self._tasks.start(
+            task, shared, part, *args, label=part.label, threads=self._threads, memory_bytes=self._memory_bytes
+        )
+
+    def run(self, start: Callable[[Part], Any], done: Callable[[Part, Any], None]) -> None:
+        """See all parts done; a task's error is raised here as what it is."""
+        total, moved = sum(part.size for part in self._parts), 0
+
+        def taken(part: Part, result: Any) -> None:
+            nonlocal moved
+            if isinstance(result, Failure):
+                raise result.error()
+            done(part, result)
+            moved += part.size
+            if self._progress is not None:
+                self._progress(moved, total)
+
+        coordinate(
+            self._parts,
+            self._tasks,
+            start,
+            taken,
+            window=self._window,
+            attempts=self._limits.attempts,
+            patience_s=self._limits.patience_s,
+            sign=self._sign,
+        )
+
+    def _sign(self, parts: Sequence[Part]) -> object:
+        """When the files under way were last written to: it changes with every chunk."""
+        if self._folder is None:
+            return None
+        return [(self._folder / file).stat().st_mtime_ns for part in parts for file in part.files]

@@ -1,0 +1,366 @@
+"""Merges in parts: each tensor once and every file whole, whatever dies; with workers on paper or in this process."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster_helpers import SHARD_BYTES, InProcess, content, evened, family, half_then_gone, recipe, squares
+from command_line import run as run_command  # noqa: F401  # a fixture
+from merganser.checkpoints.placed import Place
+from merganser.errors import ClusterError, NonFiniteError, OutputError, ParameterError, RefError
+from merganser.merging import cluster_work
+from merganser.merging.cluster import Limits, measure_on, measure_then_merge, merge_on, moved_bytes, summed
+from merganser.merging.cluster_jobs import Machine, Part, chosen_threads, coordinate, places_for, split
+from merganser.merging.cluster_simulation import SimulatedWorkers, simulated
+from merganser.merging.cluster_work import Failure, Work, Written, write_part
+from merganser.merging.recipe import AdapterOut, Recipe
+from merganser.merging.run import plan_recipes, run
+from support import load, save
+
+# the split
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 4)), min_size=1, max_size=40),
+    st.integers(1, 12),
+)
+def test_a_split_has_every_tensor_once_in_order_by_whole_files_and_no_part_is_larger_than_asked(
+    tensors: list[tuple[int, int]], count: int
+) -> None:
+    sizes = {f"t{i:02d}": size for i, (size, _) in enumerate(tensors)}
+    starts = [i == 0 or step > 2 for i, (_, step) in enumerate(tensors)]
+    files = {name: f"f{sum(starts[: i + 1]):02d}" for i, name in enumerate(sizes)}
+    parts = split(sizes, files, count)
+    assert [name for part in parts for name in part.names] == [*sizes]
+    assert [file for part in parts for file in part.files] == [*dict.fromkeys(files.values())]
+    assert [part.number for part in parts] == [*range(1, len(parts) + 1)]
+    largest = max(sum(s for n, s in sizes.items() if files[n] == f) for f in files.values())
+    for part in parts:
+        assert {files[name] for name in part.names} == {*part.files}
+        assert part.size == sum(sizes[name] for name in part.names)
+        assert part.size <= max(math.ceil(sum(sizes.values()) / count), largest)
+    assert len(parts) <= max(1, 2 * count)
+
+
+def parts_of(sizes: Sequence[int]) -> list[Part]:
+    return [Part(i, (f"t{i}",), (f"f{i}",), size) for i, size in enumerate(sizes, 1)]
+
+
+def test_threads_are_one_unless_there_are_fewer_files_than_processors() -> None:
+    machines = [Machine(16, 0), Machine(4, 0)]
+    assert [chosen_threads(machines, n) for n in (1, 2, 5, 10, 100)] == [8, 8, 4, 2, 1]
+    assert chosen_threads([Machine(1, 0)] * 50, 2) == 1, "a task has one machine"
+
+
+def test_tasks_take_processors_and_memory_of_one_machine_each() -> None:
+    machines = [Machine(8, 100), Machine(3, 1000), Machine(1, 1000)]
+    assert places_for(machines, 2, 40) == 2 + 1
+    with pytest.raises(ParameterError, match=r"takes 4 processors and 200 bytes .* the most are 8 and 1,000"):
+        places_for(machines, 4, 200)
+
+
+# the coordinator
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    st.integers(1, 6),
+    st.integers(0, 3),
+    st.randoms(use_true_random=False),
+)
+def test_every_part_is_done_once_whatever_dies_and_no_more_are_under_way_than_allowed(
+    sizes: list[int], number: int, deaths: int, dice: Any
+) -> None:
+    parts, done, under_way = parts_of(sizes), Counter[int](), [0]
+    doomed = {part.number: dice.randint(0, deaths) for part in parts}
+    workers = SimulatedWorkers(number, lambda p: p.size, is_lost=lambda p, time: time <= doomed[p.number])
+
+    def start(part: Part) -> int:
+        under_way[0] += 1
+        return workers.start(part)
+
+    def ended(handles: Sequence[Any], timeout_s: float, inner: Any = workers.ended) -> Sequence[Any]:
+        assert len(handles) == under_way[0] <= number
+        found = inner(handles, timeout_s)
+        under_way[0] -= len(found)
+        return found
+
+    workers.ended = ended  # type: ignore[method-assign]
+    lost = coordinate(parts, workers, start, lambda part, _: done.update([part.number]), window=number)
+    assert done == Counter(part.number for part in parts)
+    assert lost == sum(doomed.values())
+
+
+def test_a_part_lost_too_often_ends_the_merge_and_names_the_files() -> None:
+    with pytest.raises(ClusterError, match=r"^f2 was given to 4 workers one after the other .*: its process died"):
+        simulated(parts_of([5, 9, 5]), 2, lambda p: p.size, is_lost=lambda p, _: p.number == 2)
+
+
+def test_the_first_error_stops_what_is_under_way() -> None:
+    workers, stopped = SimulatedWorkers(3, lambda p: p.size), []
+    workers.stop = stopped.extend  # type: ignore[method-assign]
+
+    def done(part: Part, _: object) -> None:
+        raise OutputError(f"{part.label} is full")
+
+    with pytest.raises(OutputError, match="f3 is full"):
+        coordinate(parts_of([5, 6, 4, 4]), workers, workers.start, done, window=3)
+    assert len(stopped) == 2
+
+
+def test_workers_that_stand_still_are_given_up_after_a_bounded_time() -> None:
+    workers = SimulatedWorkers(2, lambda _: math.inf)
+    with pytest.raises(ClusterError, match="no sign of work for 100 seconds"):
+        coordinate(parts_of([1, 1]), workers, workers.start, lambda *_: None, window=2, patience_s=100, attempts=3)
+    assert 300 <= workers.now() <= 330
+
+
+def test_a_worker_that_writes_is_waited_for_however_long_it_takes() -> None:
+    workers = SimulatedWorkers(1, lambda _: 1000.0)
+    lost = coordinate(
+        parts_of([1]), workers, workers.start, lambda *_: None, window=1, patience_s=50, sign=lambda _: workers.now()
+    )
+    assert (lost, workers.now()) == (0, 1000.0)
+
+
+@pytest.mark.parametrize(("jobs", "number", "cost"), [(100, 7, 0.0), (1000, 1000, 0.0), (1000, 50, 0.1)])
+def test_equal_parts_take_the_time_of_the_closed_form(jobs: int, number: int, cost: float) -> None:
+    found = simulated(parts_of([1] * jobs), number, lambda _: 2.0, coordinator_s=cost)
+    if cost == 0:
+        assert found.wall_s == math.ceil(jobs / number) * 2.0
+        assert found.busy == pytest.approx(jobs * 2.0 / (number * found.wall_s))
+    else:  # one coordinator is the limit: it works without a break, but for the last part's own time
+        assert jobs * cost <= found.wall_s + 1e-9
+        assert found.wall_s <= jobs * cost + 2.0 + 1e-9
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 8))
+def test_unequal_parts_take_at_most_the_mean_load_and_the_bound_of_list_scheduling(
+    sizes: list[int], number: int
+) -> None:
+    found = simulated(parts_of(sizes), number, lambda part: part.size)
+    best = max(sum(sizes) / number, *sizes)
+    assert best - 1e-9 <= found.wall_s <= sum(sizes) / number + max(sizes) * (1 - 1 / number) + 1e-9
+
+
+# whole merges, with workers that are this process
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return family(tmp_path_factory.mktemp("models"))
+
+
+def ways(models: list[Path]) -> dict[str, list[Recipe]]:
+    base, *others = models
+    half = recipe("linear", others, name="half", dtype="F32")
+    return {
+        "linear": [recipe("linear", others)],
+        "ties": [recipe("ties", others, base, settings={"density": 0.4})],
+        "dare_ties": [recipe("dare_ties", others, base, settings={"density": 0.4, "rescale": "l1"}, seed=3)],
+        "iso_c": [recipe("iso_c", others, base, dtype="BF16")],
+        "gram": [recipe("gram", others, base)],
+        "stages": [half, recipe("slerp", ["half"], base, settings={"t": 0.3})],
+    }
+
+
+@pytest.mark.parametrize("way", ["linear", "ties", "dare_ties", "iso_c", "gram", "stages"])
+@pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 10**9])
+def test_parts_give_the_bytes_of_one_process_and_the_receipt_too(
+    way: str, shard_bytes: int, models: list[Path], tmp_path: Path
+) -> None:
+    recipes = ways(models)[way]
+    whole = run(plan_recipes(recipes), tmp_path / "whole", threads=1, shard_bytes=shard_bytes)
+    tasks = InProcess(dies=lambda number, time: time <= number % 3)
+    out = merge_on(tasks, recipes, tmp_path / "out", shard_bytes=shard_bytes, write=half_then_gone_at_first())
+    assert content(out) == content(whole)
+    assert (len({*tasks.log}) > 3) == (shard_bytes == SHARD_BYTES)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def half_then_gone_at_first() -> Callable[..., Written | Failure]:
+    """A task whose first attempt at every part that dies leaves wrong bytes."""
+    seen = Counter[int]()
+
+    def write(work: Work, part: Part, places: Mapping[str, Place]) -> Written | Failure:
+        seen[part.number] += 1
+        return (half_then_gone if seen[part.number] <= part.number % 3 else write_part)(work, part, places)
+
+    return write
+
+
+def test_progress_ends_at_all_bytes_that_are_read_and_written(models: list[Path], tmp_path: Path) -> None:
+    one = recipe("linear", models[1:])
+    merged = plan_recipes([one])
+    seen: list[tuple[int, int]] = []
+    merge_on(InProcess(), [one], tmp_path / "out", shard_bytes=SHARD_BYTES, progress=lambda *at: seen.append(at))
+    total = 3 * merged.plan.output_bytes
+    assert sum(moved_bytes(merged, name) for name in merged.infos) == total
+    assert seen == sorted(seen)
+    assert seen[-1] == (total, total)
+
+
+def test_a_tasks_error_comes_back_as_what_it_is_with_the_tensor_and_the_machine_and_leaves_nothing(
+    models: list[Path], tmp_path: Path
+) -> None:
+    model = load(models[1])
+    model["wide.weight"][2, 3] = float("nan")
+    bad = save(model, tmp_path / "bad")
+    with pytest.raises(NonFiniteError) as caught:
+        merge_on(InProcess(), [recipe("linear", [models[2], bad])], tmp_path / "out", shard_bytes=SHARD_BYTES)
+    assert caught.value.message == f"wide.weight of {bad} holds NaN or infinity (on {socket.gethostname()})"
+    assert [p.name for p in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_defect_of_a_task_is_one_line_with_its_files_and_no_trace(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(cluster_work, "write_tensor", broken)
+    with pytest.raises(ClusterError) as caught:
+        merge_on(InProcess(), [recipe("linear", models[1:])], tmp_path / "out")
+    expected = f"model.safetensors failed with ZeroDivisionError: division by zero (on {socket.gethostname()})"
+    assert str(caught.value) == expected
+
+
+def test_a_machine_with_other_files_or_without_the_output_is_refused(models: list[Path], tmp_path: Path) -> None:
+    def elsewhere(change: Callable[[Work], Work]) -> Callable[..., Written | Failure]:
+        return lambda work, part, places: write_part(change(work), part, places)
+
+    from dataclasses import replace
+
+    one, out = [recipe("linear", models[1:])], tmp_path / "out"
+    with pytest.raises(ClusterError, match="other files, or another version of merganser"):
+        merge_on(InProcess(), one, out, write=elsewhere(lambda work: replace(work, key="other")))
+    with pytest.raises(ClusterError, match=r"/nowhere/model.safetensors is not there .on .*\n.*all machines see"):
+        merge_on(InProcess(), one, out, write=elsewhere(lambda work: replace(work, folder="/nowhere")))
+    lost = replace(one[0], slices=recipe("linear", ["gone", models[1]]).slices)
+    with pytest.raises(RefError, match="gone"):
+        merge_on(InProcess(), one, out, write=elsewhere(lambda work: replace(work, recipes=(lost,))))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_relative_references_mean_the_same_to_a_task(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(models[0].parent)
+    one = [recipe("dare_linear", ["m1", "m2"], Path("m0"), settings={"density": 0.5})]
+    whole = run(plan_recipes(one), tmp_path / "whole", threads=1)
+
+    def away(work: Work, part: Part, places: Mapping[str, Place]) -> Written | Failure:
+        with monkeypatch.context() as here:
+            here.chdir(tmp_path)
+            result = write_part(work, part, places)
+            assert Path.cwd() == tmp_path
+        return result
+
+    assert content(merge_on(InProcess(), one, tmp_path / "out", write=away)) == content(whole)
+
+
+@pytest.mark.parametrize("second", ["cluster", "one process"])
+def test_an_interrupted_merge_goes_on_with_the_parts_that_were_done_wherever(
+    second: str, models: list[Path], tmp_path: Path
+) -> None:
+    one = [recipe("linear", models[1:])]
+    whole = run(plan_recipes(one), tmp_path / "whole", threads=1, shard_bytes=SHARD_BYTES)
+    done: list[str] = []
+
+    def interrupted(work: Work, part: Part, places: Mapping[str, Place]) -> Written | Failure:
+        if len(done) >= 5:
+            raise KeyboardInterrupt
+        done.extend(part.names)
+        return write_part(work, part, places)
+
+    options = {"shard_bytes": SHARD_BYTES, "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        merge_on(InProcess(), one, tmp_path / "out", write=interrupted, **options)
+    assert not (tmp_path / "out").exists()
+    tasks = InProcess()
+    if second == "cluster":
+        merge_on(tasks, one, tmp_path / "out", **options)
+    else:
+        run(plan_recipes(one), tmp_path / "out", threads=1, **options)
+    found = content(tmp_path / "out")
+    resumed = found["merganser.json"].pop("resumed")
+    assert {*resumed} == {name for name in done if plan_recipes(one).infos[name].nbytes}
+    expected = content(whole)
+    assert expected["merganser.json"].pop("resumed") == []
+    left = expected["merganser.json"]["inputs"], found["merganser.json"].pop("inputs")
+    for ref, entry in expected["merganser.json"].pop("inputs").items():
+        assert left[1][ref]["tensors"] == {n: d for n, d in entry["tensors"].items() if n not in resumed}
+    assert found == expected
+
+
+def test_figures_of_whole_models_are_exact_sums_whatever_the_split(models: list[Path]) -> None:
+    one = [recipe("task_arithmetic", models[1:], models[0])]
+    found = measure_on(InProcess(dies=lambda n, time: time <= n % 2), one, squares, limits=Limits(workers=3))
+    merged = plan_recipes(one)
+    assert [*found] == [*merged.infos]
+    assert found == {name: squares(merged, name) for name in merged.infos}
+    backwards = dict(reversed(found.items()))
+    assert summed(found) == summed(backwards) == summed(measure_on(InProcess(), one, squares))
+
+
+def test_two_phases_are_the_merge_with_what_the_first_one_measured(models: list[Path], tmp_path: Path) -> None:
+    one = [recipe("task_arithmetic", models[1:], models[0])]
+    sums = summed({name: squares(plan_recipes(one), name) for name in plan_recipes(one).infos})
+    whole = run(plan_recipes(evened(one, sums)), tmp_path / "whole", threads=1, shard_bytes=SHARD_BYTES)
+    out = measure_then_merge(
+        InProcess(), one, squares, lambda found: evened(one, found), tmp_path / "out", shard_bytes=SHARD_BYTES
+    )
+    assert content(out) == content(whole)
+
+
+def test_adapters_are_merged_by_one_process(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from documented import make_models
+
+    make_models(tmp_path)
+    loras = [tmp_path / "models" / f"{name}-lora" for name in ("code", "chat")]
+    one = replace(recipe("linear", loras), adapter=AdapterOut(4))
+    with pytest.raises(ParameterError, match="adapters are merged with each other by one process"):
+        merge_on(InProcess(), [one], tmp_path / "out")
+
+
+# the command line, without Ray
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def written(models: list[Path], folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"method": "linear", "models": [str(m) for m in models[1:]]}))
+    return path
+
+
+def test_ray_that_is_missing_is_named_with_the_extra(
+    run_command: Run,  # noqa: F811
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = run_command("merge", written(models, tmp_path), tmp_path / "out", "--ray", "local")
+    assert code == 2
+    assert err == 'ParameterError: --ray needs ray, which is missing\nhint: pip install "merganser[cluster]"\n'
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_without_ray_are_refused(run_command: Run, models: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    code, _, err = run_command("merge", written(models, tmp_path), tmp_path / "out", "--workers", 2)
+    assert (code, err.splitlines()[0]) == (2, "ParameterError: --workers is for --ray")

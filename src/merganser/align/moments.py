@@ -28,7 +28,7 @@ from merganser.align.layout import Side
 from merganser.align.match import Progress
 from merganser.align.streams import Stream, grouped, run_watched, streams_of
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
-from merganser.noise import uniform
+from merganser.noise import drawn
 
 #: Bytes of rows in float64 that are multiplied at once.
 CHUNK_BYTES = 1 << 26
@@ -220,8 +220,7 @@ class _Draw:
         wanted = self.share * (call + 1) // stream.calls - self.share * call // stream.calls
         if wanted >= count:
             return None
-        noise = uniform(self.seed, f"batch {self.batch}, run {call}", stream.names[0], 0, count)
-        return noise.argsort(stable=True)[:wanted].sort().values
+        return drawn(self.seed, f"batch {self.batch}, run {call}", stream.names[0], count, wanted)
 
 
 class _Sums:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +27,19 @@ from merganser.align.layers import Layer, Measure, layers_of
 from merganser.align.layout import Split, Splits, head_axis, head_of, widened
 from merganser.align.match import Progress, match
 from merganser.align.moments import Joint, joint_groups
-from merganser.align.ran import Ran, examples, layers_run
+from merganser.align.ran import Ran, cut, examples, layers_run
 from merganser.align.refit import Refitted, Target, refit
 from merganser.align.renorm import reset_batch_norm
-from merganser.align.sensitivity import unit_values
+from merganser.align.sensitivity import kept_apart, unit_values
 from merganser.align.separable import fault, separable
-from merganser.align.sequence import Blend, Sampling, refit_in_sequence
+from merganser.align.sequence import Blend, Sampling, measure_batch_norm, refit_in_sequence
 from merganser.align.wider import Record, filled, others, plan, rewidened
 from merganser.errors import ParameterError, ShapeError
 from merganser.symmetry import Orders, Symmetries
 from merganser.symmetry.record import Output
 
 Way = Literal["sequence", "layers", "none"]
+Matching = Literal["activations", "weights"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Settings:
         measure: what the budget counts.
         multiple: channels that are kept apart at a time.
         match: how units are paired.
-        recalibrate: measure the parents' BatchNorm on the batches first.
+        recalibrate: measure the parents' BatchNorm on the batches first: with "sequence" on all of them at once, as
+            that of the merged network is.
         heads: layers whose outputs stay apart, for label spaces that differ; their outputs are A's, then B's.
         sampling: rows a layer is fitted to, and memory.
         seed: of matching and of the check.
@@ -65,7 +67,7 @@ class Settings:
     ridge: float = 1e-3
     measure: Measure = "flops"
     multiple: int = 1
-    match: Literal["activations", "weights"] = "activations"
+    match: Matching = "activations"
     recalibrate: bool = True
     heads: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
@@ -74,12 +76,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        if self.way not in ("sequence", "layers", "none"):
-            raise ParameterError(f"way is {self.way!r}; it is sequence, layers or none")
-        if self.match not in ("activations", "weights"):
-            raise ParameterError(f"match is {self.match!r}; it is activations or weights")
+        for name, words in (("way", Way), ("target", Target), ("measure", Measure), ("match", Matching)):
+            if (value := getattr(self, name)) not in get_args(words):
+                raise ParameterError(f"{name} is {value!r}; it is {' or '.join(get_args(words))}")
         if not 0 <= self.ridge < inf:
-            raise ParameterError(f"ridge is {self.ridge}; it is at least 0")
+            raise ParameterError(f"ridge is {self.ridge}; it is a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Pair:
     Raises:
         ParameterError: If there is no batch, or a head is none.
         ShapeError: If the networks differ in more than the heads.
+        NonFiniteError: If the batches give BatchNorm NaN or infinity.
     """
 
     def __init__(
@@ -157,8 +159,9 @@ class Pair:
         self.one, self._two = (copy.deepcopy(n).eval() for n in (one, two))
         self._check()
         if self.settings.recalibrate:
+            measure = measure_batch_norm if self.settings.way == "sequence" else reset_batch_norm
             for network in (self.one, self._two):
-                reset_batch_norm(network, batches)
+                measure(network, batches)
         self.a = _tensors(self.one)
         self._moments: Mapping[str, Joint] | None = None
 
@@ -210,20 +213,11 @@ class Pair:
     @cached_property
     def gains(self) -> dict[str, Tensor]:
         """What is gained by keeping each pair of each group apart, by its number."""
-        spec, how = self.found.spec, self.settings
+        spec = self.found.spec
         total = {group: torch.zeros(spec.groups[group].size, dtype=torch.float64) for group in self.groups}
-        passes = joint_groups(
-            self.one,
-            self.two,
-            self.batches,
-            layers=self._measured(heads=False),
-            rows=how.sampling.rows,
-            memory_bytes=how.sampling.memory_bytes,
-            seed=how.sampling.seed,
-            progress=self.progress,
-        )
-        for moments in passes:
-            for group, gains in unit_values(spec, self.a, self.b, moments, self.groups).items():
+        a, b = kept_apart(self.a, self.b, self.settings.heads)
+        for moments in self._passes():
+            for group, gains in unit_values(spec, a, b, moments, self.groups).items():
                 total[group] += gains
             del moments  # before the next pass
         return total
@@ -236,19 +230,8 @@ class Pair:
         if self._moments is not None:
             yield self._moments
             return
-        how, layers = self.settings.sampling, self._measured(heads=True)
-        passes = joint_groups(
-            self.one,
-            self.two,
-            self.batches,
-            layers=layers,
-            rows=how.rows,
-            memory_bytes=how.memory_bytes,
-            seed=how.seed,
-            progress=self.progress,
-        )
-        for found in passes:
-            if len(found) == len(layers):
+        for found in self._passes():
+            if len(found) == len(self._ran.layers):
                 self._moments = found
             yield found
             del found  # before the next pass
@@ -257,7 +240,8 @@ class Pair:
         """Which units stay apart under a budget.
 
         Args:
-            budget: in costs of one parent, in [1, 2]; at 1 nothing stays apart, and nothing is measured.
+            budget: in costs of one parent, A, in [1, 2]; at 1 nothing stays apart, and nothing is measured. Nor does
+                anything where heads of both take all of it, or more: `costs` tells.
 
         Raises:
             ParameterError: If it is out of range, or units cannot be split together.
@@ -266,7 +250,7 @@ class Pair:
             raise ParameterError(
                 f"budget is {budget}; it is in [1, 2], in costs of one network", "2 holds both networks whole"
             )
-        if budget == 1 and not self.settings.heads:
+        if budget == 1 or budget * self.cost.original <= self.cost.constant:
             return {}
         gains = {g: x.sort(descending=True, stable=True) for g, x in self.gains.items()}
         counts = choose(
@@ -309,6 +293,8 @@ class Pair:
     def laid_out(self, splits: Splits, *, blends: Mapping[str, Blend] | None = None) -> PartlyMerged:
         """One network of both, with these units apart; arguments as for `merged`."""
         spec, how = self.found.spec, self.settings
+        if blends and how.way != "sequence":
+            raise ParameterError(f"way is {how.way}, and blends are for the way sequence")
         args, kwargs = self.few
         if splits and (why := fault(spec, self.one, splits, args, kwargs, self.output, seed=how.seed)):
             raise ParameterError(f"these units cannot be kept apart together: {why}", "give a smaller budget")
@@ -345,9 +331,8 @@ class Pair:
                     apart_heads=how.heads,
                 )
                 del moments  # before the next pass
-                done = Refitted(
-                    {**done.tensors, **some.tensors}, {**done.residuals, **some.residuals}, {**done.kept, **some.kept}
-                )
+                done |= some
+            done.kept.update(self._ran.left)
             filled(network, {**state, **done.tensors})
         if how.way != "sequence":
             reset_batch_norm(network, self.batches)
@@ -366,41 +351,42 @@ class Pair:
     @property
     def few(self) -> Batch:
         """Two of its examples, to try what can be split."""
-        (args, kwargs), many = self._example, examples(self._example)
-
-        def first(x: Any) -> Any:
-            return x[:2] if isinstance(x, Tensor) and x.ndim and len(x) == many else x
-
-        return tuple(first(x) for x in args), {name: first(x) for name, x in kwargs.items()}
+        return cut(self._example, 0, 2)
 
     @cached_property
     def _outputs(self) -> dict[str, tuple[int, int]]:
         """How many outputs A and B have in heads that stay apart."""
         found = {}
         for head in self.settings.heads:
-            name = f"{head}.weight"
-            axis = head_axis(self.found.spec, name)
-            found[head] = self.a[name].shape[axis], self._two.state_dict()[name].shape[axis]
+            first, second = (n.get_parameter(f"{head}.weight").shape for n in (self.one, self._two))
+            axis = head_axis(self.found.spec, f"{head}.weight")
+            found[head] = first[axis], second[axis]
         return found
 
     @cached_property
     def _ran(self) -> Ran:
         return layers_run(self.one, self._example)
 
-    def _measured(self, *, heads: bool) -> list[str]:
-        """Layers whose inputs are measured."""
-        return [name for name in self._ran.layers if heads or name not in self.settings.heads]
+    def _passes(self) -> Iterator[Mapping[str, Joint]]:
+        """Second moments of what layers take in."""
+        how = self.settings.sampling
+        return joint_groups(
+            *(self.one, self.two, self.batches),
+            layers=self._ran.layers,
+            rows=how.rows,
+            memory_bytes=how.memory_bytes,
+            seed=how.seed,
+            progress=self.progress,
+        )
 
     def _check(self) -> None:
         own, other = self.one.state_dict(), self._two.state_dict()
-        modules = dict(self.one.named_modules())
+        last = [f"the last linear layer is {n}" for n, m in self.one.named_modules() if isinstance(m, nn.Linear)]
         for head in self.settings.heads:
             if f"{head}.weight" not in own:
-                layers = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
-                raise ParameterError(
-                    f"there is no head {head}", f"its last linear layer is {layers[-1]}" if layers else None
-                )
-        for name in own.keys() ^ other.keys():
+                raise ParameterError(f"there is no head {head}", last[-1] if last else None)
+            head_axis(self.found.spec, f"{head}.weight")  # refuses a layer that is none
+        for name in sorted(own.keys() ^ other.keys()):
             raise ShapeError(f"only one of the networks has {name}", "both must be of one architecture")
         for name, x in own.items():
             if x.shape != other[name].shape and head_of(name, self.settings.heads) is None:

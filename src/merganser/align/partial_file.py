@@ -6,10 +6,12 @@ import functools
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,8 +256,7 @@ def _exported(
     output: Output | None,
     any_batch: bool,
 ) -> Any:
-    with evaluating(network), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the exporters do among themselves
+    with evaluating(network), torch.no_grad(), _in_silence():
         try:
             named = inspect.signature(network.forward).bind(*args, **(kwargs or {})).arguments
             sizes = tree_map(_any_first, named) if any_batch else None
@@ -263,6 +264,20 @@ def _exported(
         except Exception as error:  # the exporters raise errors of many kinds
             first = str(error).partition("\n")[0]
             raise ParameterError(f"the network cannot be exported: {type(error).__name__}: {first}") from error
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Without the warnings of what exporters do among themselves."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _any_first(x: Any) -> Any:

@@ -70,7 +70,7 @@ class _Uses(TorchFunctionMode):
     """Which layers' outputs anything but BatchNorm takes in."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.made: dict[int, tuple[str, ReferenceType[Tensor]]] = {}
         self.elsewhere: set[str] = set()
 

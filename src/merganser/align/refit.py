@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from typing import Literal
 
 import torch
@@ -34,6 +34,10 @@ from merganser.symmetry import Spec
 
 Target = Literal["averaged", "separate", "mixed"]
 Tensors = Mapping[str, Tensor]
+#: Entries whose moments are laid out at once: those of a large layer take as much memory as all its moments.
+BLOCK = 512
+#: Share of the largest mean square of an input, or of the targets' squares, below which there is only rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Refitted:
     tensors: dict[str, Tensor]
     residuals: dict[str, float]
     kept: dict[str, str] = field(default_factory=dict)
+
+    def __or__(self, more: Refitted) -> Refitted:
+        """What both did."""
+        return Refitted(self.tensors | more.tensors, self.residuals | more.residuals, self.kept | more.kept)
 
 
 @dataclass
@@ -95,6 +103,7 @@ class Normal:
         gram = self.gram - self.inputs[:, None] * self.inputs / n
         cross = self.cross - self.inputs[:, None] * self.targets / n
         squares = self.squares - float(self.targets.square().sum()) / n
+        squares = squares if squares > ROUNDING * self.squares else 0.0
         return Normal(gram, cross, self.inputs, self.targets, squares, n)
 
     def residual(self, weight: Tensor) -> float:
@@ -103,6 +112,11 @@ class Normal:
             self.squares - 2 * float((weight.T * self.cross).sum()) + float((product(weight, self.gram) * weight).sum())
         )
         return max(left, 0.0) / self.squares if self.squares > 0 else 0.0
+
+    def rounding(self) -> float:
+        """What of the sums of products is rounding; means may have been taken off."""
+        squares = self.gram.diagonal() + self.inputs.square() / max(1, self.count)
+        return ROUNDING * float(squares.max()) if len(squares) else 0.0
 
 
 def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: float) -> Tensor:
@@ -121,9 +135,10 @@ def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: f
     Raises:
         ParameterError: If the ridge is out of range.
     """
-    if not ridge >= 0:
+    if not 0 <= ridge < inf:
         raise ParameterError(f"ridge is {ridge}; it is at least 0, times the mean square of a layer's inputs")
     strength = ridge * float(normal.gram.diagonal().mean()) if len(normal.gram) else 0.0
+    noise = normal.rounding()
     prior = prior * _read(rows, columns)
     missed = normal.cross - product(normal.gram, prior.T)  # W - W_0 has a ridge at zero
     order = columns.long().argsort(stable=True)  # merged, A's, B's
@@ -135,15 +150,16 @@ def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: f
             continue
         mine = order if other is None else order[columns[order] != other]
         if side == Side.SECOND:
-            factor = _factor(normal.gram[mine][:, mine], strength)
+            factor = _factor(normal.gram[mine][:, mine], strength, noise)
         else:
-            whole = _factor(normal.gram[order][:, order], strength) if whole is None else whole
+            whole = _factor(normal.gram[order][:, order], strength, noise) if whole is None else whole
             factor = whole[: len(mine), : len(mine)]
         inside = missed[mine][:, wanted]
         if bool(torch.isfinite(factor).all()):
             step = torch.cholesky_solve(inside, factor)
         else:
-            step = torch.linalg.pinv(normal.gram[mine][:, mine], hermitian=True) @ inside
+            shifted = normal.gram[mine][:, mine] + strength * torch.eye(len(mine), dtype=torch.float64)
+            step = torch.linalg.pinv(shifted, atol=noise, rtol=0.0, hermitian=True) @ inside
         block = torch.zeros(int(wanted.sum()), prior.shape[1], dtype=torch.float64)
         block[:, mine] = prior[wanted][:, mine] + step.T
         found[wanted] = block
@@ -156,14 +172,14 @@ def _read(rows: Tensor, columns: Tensor) -> Tensor:
     return free.double()
 
 
-def _factor(gram: Tensor, strength: float) -> Tensor:
-    """Lower Cholesky factor of gram + strength; NaN where there is none."""
+def _factor(gram: Tensor, strength: float, noise: float) -> Tensor:
+    """Lower Cholesky factor of gram + strength; NaN where there is none, or where rounding makes it."""
     shifted = gram.clone()
     shifted.diagonal().add_(strength)
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(shifted)
-    pivots = factor.diagonal()
-    if int(failed) or (len(pivots) and float(pivots.min()) < 1e-7 * float(pivots.max())):
-        return torch.full_like(factor, torch.nan)
+    if int(failed) or (len(gram) and float(factor.diagonal().min()) ** 2 <= noise):
+        return factor.fill_(torch.nan)
     return factor
 
 
@@ -222,8 +238,8 @@ def fit_of(
         apart_heads: layers whose outputs stay apart.
     """
     name = f"{layer}.weight"
-    if name in spec.tied or name in spec.tied.values():
-        return "its weight is another tensor too"
+    if {name, f"{layer}.bias"} & {*spec.tied, *spec.tied.values()}:
+        return "its weight or bias is another tensor too"
     if name not in spec.axes:
         return "its weight has no axes in the symmetries"
     head = (len(a), len(b)) if head_of(name, apart_heads) is not None else None
@@ -315,15 +331,16 @@ def _normal(layer: str, joint: Joint, fit: Fit, networks: tuple[Tensors, Tensors
     at_a, at_b = (torch.where(entries.side == other, 0, entries.index) for other in (Side.SECOND, Side.FIRST))
     for first, second, seen, out_first, out_second in _VIEWS[target]:
         of_a, of_b = _coefficients(entries.side, first, second, seen)
-        read = of_a[:, None] * joint.gram[at_a] + of_b[:, None] * joint.gram[f + at_b]  # (F, 2f + 1)
         to_a, to_b = _coefficients(rows.side, out_first, out_second, seen)
         made = torch.zeros(len(rows), 2 * f + 1, dtype=torch.float64)  # targets from [x_A; x_B; 1]
         row_a, row_b = (torch.where(rows.side == other, 0, rows.index) for other in (Side.SECOND, Side.FIRST))
         made[:, :f], made[:, f:-1] = to_a[:, None] * weights[0][row_a], to_b[:, None] * weights[1][row_b]
         made[:, -1] = to_a * biases[0][row_a] + to_b * biases[1][row_b]
-        normal.gram += of_a * read[:, at_a] + of_b * read[:, f + at_b]
-        normal.cross += product(read, made.T)
-        normal.inputs += read[:, -1]
+        for part in torch.split(torch.arange(len(entries)), BLOCK):
+            read = of_a[part, None] * joint.gram[at_a[part]] + of_b[part, None] * joint.gram[f + at_b[part]]
+            normal.gram[part] += of_a * read[:, at_a] + of_b * read[:, f + at_b]  # read: (n, 2f + 1)
+            normal.cross[part] += product(read, made.T)
+            normal.inputs[part] += read[:, -1]
         summed = product(made, joint.gram)
         normal.targets += summed[:, -1]
         normal.squares += float((summed * made).sum())

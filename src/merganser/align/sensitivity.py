@@ -101,6 +101,20 @@ def unit_values(
     return found
 
 
+def kept_apart(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors to value pairs by where the outputs of both networks' heads stay apart.
+
+    A head is to give [y_A; y_B], which is the mean of both for weights [2 W_A; 0] and [0; 2 W_B].
+    """
+    first, second = dict(a), dict(b)
+    for name in (f"{head}.weight" for head in heads):
+        x, y = a[name].detach(), b[name].detach()
+        first[name], second[name] = torch.cat([2 * x, y.new_zeros(y.shape)]), torch.cat([x.new_zeros(x.shape), 2 * y])
+    return first, second
+
+
 def _matrix(weight: Tensor) -> Tensor:
     """Outputs by entries."""
     return weight.detach().to("cpu", torch.float64).reshape(len(weight), -1)

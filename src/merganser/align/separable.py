@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from merganser.align.layout import Side, Split, Splits, coefficients, layout, taken, widened
-from merganser.align.wider import filled, plan, rewidened
-from merganser.errors import MerganserError, ParameterError
+from merganser.align.wider import plan, rewidened
+from merganser.errors import MerganserError, ParameterError, ShapeError
 from merganser.symmetry import Spec, Symmetries
 from merganser.symmetry.checking import TOLERANCE, InDouble, _change, _double, _stirred
 from merganser.symmetry.record import Output, copied, tensors_of
@@ -146,7 +146,7 @@ class _Trial:
         try:
             wide = rewidened(self.network, plan(self.network, self.spec, splits))
             for state in (self._one, self._other, self._twin):
-                results = self._run(filled(wide, self._state(state, splits)))
+                results = self._run(self._filled(wide, state, splits))
                 change = _largest(self.reference, results)
                 if change > TOLERANCE:
                     return self._words(change, splits)
@@ -174,8 +174,14 @@ class _Trial:
         apart = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
         return "Norm" in type(module).__name__ and not apart
 
-    def _state(self, make: Callable[[str, Splits], Tensor], splits: Splits) -> dict[str, Tensor]:
-        return {name: make(name, splits) if name in self.spec.axes else x for name, x in self.tensors.items()}
+    def _filled(self, wide: nn.Module, make: Callable[[str, Splits], Tensor], splits: Splits) -> nn.Module:
+        """The wide network with other entries, a tensor at a time: all at once would take as much memory again."""
+        for name, own in wide.state_dict().items():
+            x = make(name, splits) if name in self.spec.axes else self.tensors[name]
+            if x.shape != own.shape:
+                raise ShapeError(f"{name} is {tuple(x.shape)}, and the wider network's {tuple(own.shape)}")
+            own.copy_(x)
+        return wide
 
     def _one(self, name: str, splits: Splits) -> Tensor:
         return self._alone(name, splits, Side.FIRST)

@@ -5,7 +5,7 @@
 
 All inputs run through the merged network at once: a layer is refitted when they reach it and then applied, so that one
 run does all layers. BatchNorm takes the statistics of this run, which are those of all inputs. Parents run in
-evaluation mode; their BatchNorm should have been measured on these inputs before.
+evaluation mode, batch by batch; their BatchNorm should have been measured on all these inputs before, at once.
 
 Source: the layer-wise targets of Nasery et al. 2024, arXiv:2407.02447 (PLeaS), with the merged network's own inputs.
 """
@@ -13,29 +13,31 @@ Source: the layer-wise targets of Nasery et al. 2024, arXiv:2407.02447 (PLeaS), 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from merganser.align.activations import Batch
 from merganser.align.autocorrelation import Windows
 from merganser.align.layout import Splits
 from merganser.align.match import Progress
-from merganser.align.ran import examples, layers_run
+from merganser.align.ran import cut, examples, layers_run, watching
 from merganser.align.refit import Fit, Normal, Refitted, fit_of, solve
-from merganser.errors import NonFiniteError, ParameterError, ShapeError
-from merganser.noise import uniform
+from merganser.errors import NonFiniteError, ParameterError, ShapeError, and_more
+from merganser.noise import drawn
 from merganser.symmetry import Spec
-from merganser.symmetry.record import evaluating
 
 #: From what both parents' layer gives, (n, out) each, to what the merged layer shall give.
 Blend = Callable[[Tensor, Tensor], Tensor]
 #: Rows that are multiplied at once.
 CHUNK = 4096
+#: What an example's outputs may change by in other company, as a share of the largest.
+ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,7 @@ class Sampling:
 
     def drawn(self, layer: str, entries: int, total: int) -> Tensor:
         """Numbers of rows, ascending."""
-        wanted = max(self.rows, 4 * entries)
-        if wanted >= total:
-            return torch.arange(total)
-        return uniform(self.seed, "rows", layer, 0, total).argsort(stable=True)[:wanted].sort().values
+        return drawn(self.seed, "rows", layer, total, max(self.rows, 4 * entries))
 
 
 def refit_in_sequence(
@@ -98,13 +97,17 @@ def refit_in_sequence(
         progress: called as (layers done, layers).
 
     Raises:
-        ParameterError: If there is no batch, or batches cannot be joined.
-        ShapeError: If the networks take in tensors of different shapes.
+        ParameterError: If there is no example, or one value of a unit for BatchNorm, batches cannot be joined, a blend
+            is of a layer that is not refitted, or the ridge is out of range.
+        ShapeError: If the networks take in tensors of different shapes, or a blend gives another shape.
         NonFiniteError: If a layer takes in or gives NaN or infinity.
     """
+    sampling = sampling or Sampling()
     whole, count = joined(batches)
     seen = layers_run(one, batches[0])
-    work = _Work(merged, (one, two), batches, count, sampling or Sampling(), ridge, blends or {}, progress)
+    if len(batches) > 1 and not apart_alike(one, whole, seen.layers):
+        batches = [whole]  # rows of all examples together do not follow each other example by example
+    work = _Work(merged, (one, two), batches, sampling.memory_bytes, ridge, blends or {}, progress)
     weights = [dict(n.named_parameters()) for n in (one, two)]
     for layer, why in seen.left.items():
         work.done.kept[layer] = why
@@ -115,50 +118,116 @@ def refit_in_sequence(
             work.done.kept[layer] = fit
         else:
             work.fits[layer] = fit
-    work.places = {layer: seen.places[layer] for layer in work.fits}
-    work.free = seen.free
-    norms = [m for m in merged.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    with ExitStack() as stack, evaluating(merged), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative mean
-            norm.train()
+    if lost := [layer for layer in work.blends if layer not in work.fits]:
+        raise ParameterError(
+            f"there is a blend for {lost[0]}{and_more(lost)}, which is not refitted: "
+            + work.done.kept.get(lost[0], "the network has no such layer")
+        )
+    work.places, work.free = seen.places, seen.free
+    for layer in work.fits:
+        entries = merged.get_submodule(layer).get_parameter("weight")[0].numel()
+        work.drawn[layer] = sampling.drawn(layer, entries, count * seen.places[layer])
+    with ExitStack() as stack, measuring(merged):
         for layer in work.fits:
             hook = merged.get_submodule(layer).register_forward_pre_hook(partial(work.reached, layer), with_kwargs=True)
             stack.callback(hook.remove)
         merged(*whole[0], **whole[1])
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
     return work.done
+
+
+@contextmanager
+def measuring(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode whose BatchNorm takes the statistics of what comes in, and normalises by these.
+
+    In a run in training mode it would normalise by other ones than it keeps, off by n / (n - 1). Where a norm runs
+    again, it has the mean of all runs' statistics.
+
+    Raises:
+        ParameterError: If there is one value of a unit.
+        NonFiniteError: If what comes in is not finite.
+    """
+
+    def entered(name: str, norm: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor]) -> None:
+        (x,) = args
+        if x.numel() < 2 * x.shape[1]:
+            raise ParameterError(f"the batches give {name} one value of each unit", "give more examples")
+        found = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1])
+        runs = norm.get_buffer("num_batches_tracked").add_(1)
+        for buffer, now in zip(("running_var", "running_mean"), found, strict=True):
+            if not bool(torch.isfinite(now).all()):
+                raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
+            norm.get_buffer(buffer).lerp_(now, 1 / int(runs))
+
+    with ExitStack() as stack, watching(network):
+        for name, norm in network.named_modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                norm.reset_running_stats()
+                stack.callback(norm.register_forward_pre_hook(partial(entered, name)).remove)
+        yield
+
+
+def measure_batch_norm(network: nn.Module, batches: Sequence[Batch]) -> None:
+    """Give BatchNorm the statistics of all batches, run at once; raises what `joined` and `measuring` do."""
+    args, kwargs = joined(batches)[0]
+    with measuring(network):
+        network(*args, **kwargs)
 
 
 def joined(batches: Sequence[Batch]) -> tuple[Batch, int]:
     """All batches as one, and its number of examples: tensors end to end, everything else must be the same.
 
     Raises:
-        ParameterError: If there is none, or they do not fit together.
+        ParameterError: If they hold no example, or do not fit together.
     """
-    if not batches:
-        raise ParameterError("there is no batch to refit by")
     sizes = [examples(batch) for batch in batches]
+    if not sum(sizes):
+        raise ParameterError("there is no example to refit by", "give batches with tensors of some")
 
     def together(values: Sequence[Any]) -> Any:
         if all(isinstance(x, Tensor) and x.ndim and len(x) == n for x, n in zip(values, sizes, strict=True)):
-            return torch.cat(list(values))
-        if all(x is values[0] or (not isinstance(x, Tensor) and x == values[0]) for x in values):
+            return torch.cat(list(values)) if len(values) > 1 else values[0]
+        if all(_same(x, values[0]) for x in values):
             return values[0]
         raise ParameterError("batches differ in what is no tensor of examples", "give the same settings in all of them")
 
-    (args, kwargs) = batches[0]
-    if any(len(a) != len(args) or k.keys() != kwargs.keys() for a, k in batches):
-        raise ParameterError("batches differ in how many inputs they have", "give the same inputs in all of them")
+    leaves, trees = zip(*(tree_flatten((tuple(args), dict(named))) for args, named in batches), strict=True)
+    if any(tree != trees[0] for tree in trees):
+        raise ParameterError("batches differ in which inputs they have", "give the same inputs in all of them")
     try:
-        positional = tuple(together([a[i] for a, _ in batches]) for i in range(len(args)))
-        named = {name: together([k[name] for _, k in batches]) for name in kwargs}
+        args, named = tree_unflatten([together(values) for values in zip(*leaves, strict=True)], trees[0])
     except RuntimeError as error:
         raise ParameterError(f"batches cannot be joined: {error}", "give inputs of one shape in all of them") from error
-    return (positional, named), sum(sizes)
+    return (args, named), sum(sizes)
+
+
+def _same(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y))
+    return bool(x == y)
+
+
+def apart_alike(network: nn.Module, batch: Batch, layers: Sequence[str]) -> bool:
+    """Whether layers give two examples' rows one after the other, as if each ran by itself."""
+    if examples(batch) < 2:
+        return True
+    given: list[dict[str, Tensor]] = []
+
+    def ran(name: str, layer: nn.Module, _args: Any, y: Tensor) -> None:
+        given[-1][name] = flat_rows(layer, y)
+
+    with ExitStack() as stack, watching(network):
+        for name in layers:
+            stack.callback(network.get_submodule(name).register_forward_hook(partial(ran, name)).remove)
+        for start, stop in ((0, 2), (0, 1), (1, 2)):
+            args, kwargs = cut(batch, start, stop)
+            given.append({})
+            network(*args, **kwargs)
+    both, *alone = given
+    for name, y in both.items():
+        apart = torch.cat([found[name] for found in alone])
+        if y.shape != apart.shape or float((y - apart).abs().max()) > ROUNDING * float(y.abs().max()):
+            return False
+    return True
 
 
 @dataclass
@@ -168,13 +237,13 @@ class _Work:
     merged: nn.Module
     parents: tuple[nn.Module, nn.Module]
     batches: Sequence[Batch]
-    count: int
-    sampling: Sampling
+    memory_bytes: int
     ridge: float
     blends: Mapping[str, Blend]
     progress: Progress | None
     fits: dict[str, Fit] = field(default_factory=dict)
-    places: dict[str, int] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
+    drawn: dict[str, Tensor] = field(default_factory=dict)
     free: Collection[str] = ()
     wanted: dict[str, Tensor] = field(default_factory=dict)
     done: Refitted = field(default_factory=lambda: Refitted({}, {}))
@@ -182,11 +251,13 @@ class _Work:
     def reached(self, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
         """Refit a layer on what it takes in."""
         x = args[0] if args else kwargs["input"]
-        y, drawn = self._targets(name), self._drawn(name)
-        fit, weight = self.fits[name], layer.get_parameter("weight")
+        y, fit, weight = self._targets(name), self.fits[name], layer.get_parameter("weight")
         normal = Normal.empty(weight[0].numel(), len(weight))
-        for start, rows in enumerate(rows_of(layer, x, drawn)):
-            normal.add(rows, y[start * CHUNK : (start + 1) * CHUNK].double())
+        if y.shape != (len(self.drawn[name]), len(weight)):
+            wanted = len(self.drawn[name]), len(weight)
+            raise ShapeError(f"the blend for {name} gives {tuple(y.shape)}; its layer gives {wanted}")
+        for part, rows in zip(torch.split(y, CHUNK), rows_of(layer, x, self.drawn[name]), strict=True):
+            normal.add(rows, part.double().cpu())
         if not bool(torch.isfinite(normal.gram).all() and torch.isfinite(normal.cross).all()):
             raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
@@ -202,18 +273,14 @@ class _Work:
         if self.progress is not None:
             self.progress(len(self.done.residuals), len(self.fits))
 
-    def _drawn(self, name: str) -> Tensor:
-        weight = self.merged.get_submodule(name).get_parameter("weight")
-        return self.sampling.drawn(name, weight[0].numel(), self.count * self.places[name])
-
     def _targets(self, name: str) -> Tensor:
         """What a layer shall give at its rows; the parents run for this one and as many after it as memory holds."""
         if name not in self.wanted:
             layers = list(self.fits)
-            free = self.sampling.memory_bytes
+            free = self.memory_bytes
             some: list[str] = []
             for later in layers[layers.index(name) :]:
-                free -= 8 * len(self._drawn(later)) * len(self.merged.get_submodule(later).get_parameter("weight"))
+                free -= 8 * len(self.drawn[later]) * len(self.fits[later].rows)
                 if some and free < 0:
                     break
                 some.append(later)
@@ -226,19 +293,14 @@ class _Work:
     def _given(self, parent: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
         """What layers of a parent give at their rows, in its own type."""
         found: dict[str, list[Tensor]] = {name: [] for name in layers}
-        drawn = {name: self._drawn(name) for name in layers}
         start = 0
 
         def ran(name: str, layer: nn.Module, _args: Any, y: Tensor) -> None:
-            units = len(layer.get_parameter("weight"))
-            flat = y.reshape(-1, units) if isinstance(layer, nn.Linear) else y.movedim(1, -1).reshape(-1, units)
-            first = start * self.places[name]
-            here = drawn[name][
-                torch.searchsorted(drawn[name], first) : torch.searchsorted(drawn[name], first + len(flat))
-            ]
+            flat, drawn, first = flat_rows(layer, y), self.drawn[name], start * self.places[name]
+            here = drawn[torch.searchsorted(drawn, first) : torch.searchsorted(drawn, first + len(flat))]
             found[name].append(flat[(here - first).to(flat.device)])
 
-        with ExitStack() as stack, evaluating(parent), torch.no_grad():
+        with ExitStack() as stack, watching(parent):
             for name in layers:
                 stack.callback(parent.get_submodule(name).register_forward_hook(partial(ran, name)).remove)
             for batch in self.batches:
@@ -246,11 +308,17 @@ class _Work:
                 start += examples(batch)
         given = {name: torch.cat(parts) for name, parts in found.items()}
         for name, y in given.items():
-            if len(y) != len(drawn[name]):
+            if len(y) != len(self.drawn[name]):
                 raise ShapeError(
-                    f"{name} gives {len(y)} rows, and {len(drawn[name])} were drawn", "inputs differ in shape"
+                    f"{name} gives {len(y)} rows, and {len(self.drawn[name])} were drawn", "inputs differ in shape"
                 )
         return given
+
+
+def flat_rows(layer: nn.Module, y: Tensor) -> Tensor:
+    """What a layer gives, shape (rows, units)."""
+    axis = 1 - layer.get_parameter("weight").ndim  # places come behind the units of a convolution
+    return y.movedim(axis, -1).reshape(-1, y.shape[axis])
 
 
 def rows_of(layer: nn.Module, x: Tensor, chosen: Tensor) -> Iterator[Tensor]:

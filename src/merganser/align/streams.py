@@ -55,7 +55,11 @@ class _Enough(BaseException):
 def run_watched(
     network: nn.Module, batch: Batch, show: Show, names: Iterable[str], calls: Mapping[str, int] | None = None
 ) -> None:
-    """Run a network and show what layers take in; it is left when all ran as often as `calls` says."""
+    """Run a network and show what layers take in; it is left when all ran as often as `calls` says.
+
+    Raises:
+        ShapeError: If one runs more often before that, or less often.
+    """
     seen: Counter[str] = Counter()
 
     def watched(name: str) -> Callable[[nn.Module, Any, Any], None]:

@@ -37,7 +37,10 @@ def labelled():
 
 
 def make_models(folder: Path) -> None:
-    """Write models/base, legal and medical, the adapters code-lora and chat-lora, and a network with two weights."""
+    """Write models/base, legal and medical, adapters code-lora and chat-lora, and weights a, b and c of a network.
+
+    b is a in another order; c is another network.
+    """
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     models = {"base": base}
@@ -56,6 +59,8 @@ def make_models(folder: Path) -> None:
     save_file(one, folder / "a.safetensors")
     save_file({**two, "2.bias": one["2.bias"]}, folder / "b.safetensors")
     _make_adapter(folder / "models" / "chat-lora", generator)
+    other = {name: torch.randn(shape, generator=generator) for name, shape in a.items()}
+    save_file(other, folder / "c.safetensors")
 
 
 def _make_adapter(folder: Path, generator: torch.Generator) -> None:

@@ -34,7 +34,7 @@ FOLD = ("init", "add", "remove", "reweight", "combine", "export", "show", "verif
 def test_the_commands_are_those_of_the_readme() -> None:
     groups = {("fold",), ("zoo",), ("symmetry",), ("decentral",), ()}
     alone = {("methods",), ("inspect",), ("convert",), ("align",), ("zip",), ("meet",), ("barrier",), ("study",)}
-    alone |= {("merge",), ("plan",), ("doctor",), ("diff",), ("measure",)}
+    alone |= {("merge",), ("plan",), ("doctor",), ("diff",), ("measure",), ("pleas",)}
     inside = {("zoo", "train"), ("symmetry", "show"), *(("decentral", name) for name in ("run", "show", "topology"))}
     assert set(COMMANDS) - groups == {*alone, *inside, *(("fold", name) for name in FOLD)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,14 +23,21 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but er
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML: agents, topology, rounds, merge, data, ...")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or a name: cifar10-ring, digits-ring.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the run: journal, checkpoints, report.")],
+    said: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="What CONFIG says otherwise: merge.rule=aligned.")
+    ] = None,
     data: Data = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of that of the configuration.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
     faults: Annotated[
         str, typer.Option(metavar="PLAN", help="Fail on purpose: AGENT:ROUND:PHASE:ACTION[:SECONDS],...")
     ] = "",
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="local|HOST:PORT", help="A process for every agent, here or on a Ray cluster."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Run all rounds, and write a report.
@@ -38,28 +45,44 @@ def run(
     A run that was interrupted, or killed, goes on with --resume as if nothing had happened.
 
     merganser decentral run examples/decentral/digits.yaml --out runs/digits
+    merganser decentral run cifar10-ring merge.rule=aligned topology.kind=full --data DIR --out runs/full
+
+    With --ray an agent that dies begins again from its last checkpoint while the others go on. All machines of the
+    cluster see DIR under the same name.
     """
     from merganser.decentral.baselines import effective
     from merganser.decentral.faults import parse_faults
+    from merganser.decentral.rounds import Crew, together
     from merganser.decentral.rounds import run as run_rounds
-    from merganser.decentral.rounds import together
-    from merganser.decentral.words import load_config
     from merganser.study.agents import Learners
     from merganser.study.agents_page import write_report
+    from merganser.study.composing import run_of
 
-    words = load_config(config)
+    words = run_of(config, said or ())
     if seed is not None:
         words = words.model_copy(update={"seed": seed})
     plan = parse_faults(faults, words.limits)
     learners = Learners(words, data)
     words = effective(words)
-    with _live(quiet) as progress:
-        crew = together(words, learners, folder=out, hook=plan.hook, tamper=plan.tamper)
+    failed: dict[int, str] = {}
+    with ExitStack() as stack:
+        if ray is None:
+            crew: Crew = together(words, learners, folder=out, hook=plan.hook, tamper=plan.tamper)
+        else:
+            from merganser.decentral.ray_crew import on_ray
+            from merganser.merging.cluster_ray import connected
+
+            stack.enter_context(connected(ray))
+            crew = on_cluster = stack.enter_context(on_ray(words, learners, out, faults=plan))
+            stack.callback(lambda: failed.update(on_cluster.failures()))
+        progress = stack.enter_context(_live(quiet))
         lines = run_rounds(words, crew, out, resume=resume, progress=progress)
     write_report(words, lines, out)
     if not quiet:
         _print(lines)
         console().print(f"{out / 'report.html'}: written")
+    for agent, why in failed.items():
+        typer.echo(f"agent {agent} did not end the run: {why}", err=True)
 
 
 @app.command()

@@ -13,8 +13,10 @@ from merganser.cli.show import console, progress_bar
 from merganser.cli.zoo import ConfigDir, Data
 
 if TYPE_CHECKING:
+    from merganser.study.apart_page import Table
     from merganser.study.composing import Plan
     from merganser.study.judge import Progress
+    from merganser.study.words_agents import AgentsNode
     from merganser.study.words_apart import HalvesNode, LinesNode
     from merganser.study.zoo import Bar
 
@@ -48,10 +50,12 @@ def study(
 
     merganser study study=vision8 --data DIR
     merganser study study=cifar5x5 --data DIR
+    merganser study study=dimat --data DIR
     merganser study method=opcm method.settings.alpha=0.2 modelpool=text8 taskpool=text8 seed=1 --data DIR
     """
     from merganser.errors import ParameterError
     from merganser.study.composing import Plan, expanded, merged_plans, study_of
+    from merganser.study.words_agents import AgentsNode
 
     if zoo is not None:
         words = [*words, f"zoo_folder={zoo}"]
@@ -68,7 +72,11 @@ def study(
             _run(plan, out or Path("studies") / plan.study.name, data, device, bfloat16, config_dir, quiet)
     for node in apart:
         _describe_apart(node, quiet=quiet and not dry_run)
-        if not dry_run:
+        if dry_run:
+            continue
+        if isinstance(node, AgentsNode):
+            _run_agents(node, out or Path("studies") / node.name, data, device, bfloat16, quiet)
+        else:
             _run_apart(node, out or Path("studies") / node.name, data, device, bfloat16, quiet)
 
 
@@ -115,12 +123,30 @@ def _run_apart(
         raise ParameterError(f"study {node.name} judges losses, and these in float32", "leave --bfloat16 out")
     else:
         Lines(node, work, lambda: write_page(node, out, draws=False)).run()
-    tables = write_page(node, out)
-    if not quiet:
-        for table in tables:
-            console().print(table.title)
-            _print(table.header, table.rows)
-        console().print(f"{out / 'report.md'}: written")
+    _print_tables(write_page(node, out), out, quiet)
+
+
+def _run_agents(node: AgentsNode, out: Path, data: Path | None, device: str, bfloat16: bool, quiet: bool) -> None:
+    from merganser.errors import ParameterError
+    from merganser.study.agents_study import AgentsStudy
+    from merganser.study.agents_study_page import write_agents_page
+    from merganser.study.apart import Work
+
+    if bfloat16 or device != "cpu":
+        what = "--bfloat16" if bfloat16 else f"--device {device}"
+        raise ParameterError(f"agents of study {node.name} train in float32 on the CPU", f"leave {what} out")
+    work = Work(out, Path(node.zoo), data, device, bfloat16, _bar(quiet))
+    AgentsStudy(node, work, lambda: write_agents_page(node, out, draws=False)).run()
+    _print_tables(write_agents_page(node, out), out, quiet)
+
+
+def _print_tables(tables: Sequence[Table], out: Path, quiet: bool) -> None:
+    if quiet:
+        return
+    for table in tables:
+        console().print(table.title)
+        _print(table.header, table.rows)
+    console().print(f"{out / 'report.md'}: written")
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -141,6 +167,12 @@ def _describe(plan: Plan, *, quiet: bool) -> None:
         )
 
 
-def _describe_apart(node: HalvesNode | LinesNode, *, quiet: bool) -> None:
-    if not quiet:
+def _describe_apart(node: HalvesNode | LinesNode | AgentsNode, *, quiet: bool) -> None:
+    from merganser.study.words_agents import AgentsNode
+
+    if quiet:
+        return
+    if isinstance(node, AgentsNode):
+        console().print(f"{node.title}: {', '.join(node.chosen)}; seeds {', '.join(map(str, node.seeds))}")
+    else:
         console().print(f"{node.title}: {', '.join(node.networks)}; {', '.join(node.rules)}")

@@ -60,7 +60,10 @@ def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = Non
     path, colon, name = model.rpartition(":")
     if colon and not Path(model).exists():
         return _made(model, _named(path, name), shape, batch)
-    it = _from_config(Path(model), shape)
+    content = _config(Path(model))
+    if content["model_type"] == "merganser-partial":
+        return _partly_merged(Path(model), shape, batch)
+    it = _from_config(Path(model), content, shape)
     return it if batch is None else replace(it, args=tuple(batch[0]), kwargs=batch[1])
 
 
@@ -238,20 +241,49 @@ def _made(model: str, made: Any, shape: tuple[int, ...] | None, batch: Batch | N
     return Subject(network, (args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs))
 
 
-def _from_config(folder: Path, shape: tuple[int, ...] | None) -> Subject:
+def _config(folder: Path) -> Mapping[str, Any]:
+    """What the `config.json` of a folder says; it names a kind of network."""
     path = folder / "config.json"
     if not path.is_file():
         raise RefError(
             f"{folder} is no folder with a config.json", "or name code: package.module:name, path/file.py:name"
         )
     try:
-        content = json.loads(path.read_text("utf-8"))
-        kind = str(content["model_type"])
+        content: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+        return {**content, "model_type": str(content["model_type"])}
     except (ValueError, KeyError, TypeError) as error:
         raise RefError(f"{path} does not tell which network this is: {error}") from error
-    if kind.startswith("merganser-"):
+
+
+def _from_config(folder: Path, content: Mapping[str, Any], shape: tuple[int, ...] | None) -> Subject:
+    if content["model_type"].startswith("merganser-"):
         return _ours(folder, shape)
     return _transformer(folder, content)
+
+
+def _partly_merged(folder: Path, shape: tuple[int, ...] | None, batch: Batch | None) -> Subject:
+    """What `merganser pleas` wrote: the network that its `config.json` names, in the shapes that it tells."""
+    from merganser.align.partial_file import read_partial
+
+    partial = read_partial(folder)
+    model = _beside(folder, partial.model)
+    hint = f'run this where it is, put it beside {folder}, or correct "model" in {folder / "config.json"}'
+    if Path(model).resolve() == folder.resolve():
+        raise RefError(f"{folder / 'config.json'} names itself as what it was made of", hint)
+    try:
+        it = subject(model, shape, batch)
+    except RefError as error:
+        raise RefError(f"{folder} was made of {partial.model}: {error.message}", hint) from error
+    return replace(it, network=partial.built(it.network))
+
+
+def _beside(folder: Path, model: str) -> str:
+    """A network by its name; where there is no such file here, and one beside a folder, that."""
+    path, colon, name = model.rpartition(":")
+    if not colon or Path(model).exists():
+        path, colon, name = model, "", ""
+    near = folder.resolve().parent / path
+    return f"{near}{colon}{name}" if not Path(path).exists() and near.exists() else model
 
 
 def _ours(folder: Path, shape: tuple[int, ...] | None) -> Subject:

@@ -1,0 +1,222 @@
+"""`merganser pleas`: one network from two that started apart, merged in part under a budget."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merganser.cli.network import check_out
+from merganser.cli.partial import BUDGETS
+from merganser.cli.show import console, progress_bar
+from merganser.cli.symmetry import Input
+
+
+class Counts(str, Enum):
+    """What a budget counts."""
+
+    flops = "flops"
+    parameters = "parameters"
+
+
+class Way(str, Enum):
+    """How layers are refitted."""
+
+    sequence = "sequence"
+    layers = "layers"
+    none = "none"
+
+
+class Target(str, Enum):
+    """What a layer shall give."""
+
+    averaged = "averaged"
+    separate = "separate"
+    mixed = "mixed"
+
+
+class Match(str, Enum):
+    """How units are paired."""
+
+    activations = "activations"
+    weights = "weights"
+
+
+def pleas(
+    one: Annotated[str, typer.Argument(metavar="A", help="A checkpoint; its order of units is kept.")],
+    two: Annotated[str, typer.Argument(metavar="B", help="Another, of the same architecture.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What they are weights of; default: A, if it has a config.json."),
+    ] = None,
+    other_model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What B is weights of, where its head has other labels.")
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE:NAME", help="Code that gives batches of inputs of both tasks; labels are not needed."
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Pictures instead: a folder, or .npy and .npz files; repeat it."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="With --data: pictures of all folders together.")] = 1000,
+    scale: Annotated[
+        str | None,
+        typer.Option(metavar="MEAN/DEVIATION", help="With --data: pixels of 0 to 1 become (x - mean) / deviation."),
+    ] = None,
+    shape: Input = None,
+    budget: Annotated[float, typer.Option(help="Size of the network in sizes of one of both, in [1, 2].")] = 1.2,
+    measure: Annotated[Counts, typer.Option(help="What the budget counts.")] = Counts.flops,
+    multiple: Annotated[int, typer.Option(min=1, help="Channels that are kept apart at a time.")] = 1,
+    apart: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER", help="A head whose outputs stay apart: A's, then B's; repeat it."),
+    ] = None,
+    way: Annotated[
+        Way,
+        typer.Option(
+            help="sequence: refit layers from front to back; layers: each by itself; none: the block average."
+        ),
+    ] = Way.sequence,
+    target: Annotated[Target, typer.Option(help="With --way layers: what a layer shall give.")] = Target.averaged,
+    ridge: Annotated[
+        float, typer.Option(help="Pull to the block average, in mean squares of a layer's inputs.")
+    ] = 1e-3,
+    match: Annotated[Match, typer.Option(help="What units are paired by.")] = Match.activations,
+    recalibrate: Annotated[
+        bool,
+        typer.Option("--recalibrate/--no-recalibrate", help="Measure BatchNorm of A and B on the batches first."),
+    ] = True,
+    few: Annotated[
+        bool, typer.Option("--few", help="Refit layers that have fewer rows of inputs than entries, too.")
+    ] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Keep layers whole, zeros and all; the budget counts these.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE.pt2", help="Write a program of torch.export as well.")
+    ] = None,
+    onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Write ONNX as well.")] = None,
+    curve: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Merge under several budgets: a plot (.png) or table (.md).")
+    ] = None,
+    budgets: Annotated[str, typer.Option(metavar="1,1.5,2", help="Those of the curve and the preview.")] = BUDGETS,
+    labelled: Annotated[
+        str | None,
+        typer.Option(metavar="FILE:NAME", help="Code that gives pairs of inputs and classes: count right answers."),
+    ] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Say what can be split and what it would cost, and write nothing.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of matching, and of the rows that layers are fitted to.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Merge the pairs of units that are most alike, keep the others apart as far as a budget goes, and refit.
+
+    At a budget of 1 the network is as large as A, at 2 it holds both whole and gives the mean of what they give. Layers
+    are refitted by least squares to what A and B do on the inputs. OUT can be a MODEL of other commands.
+
+    merganser pleas a.pt b.pt merged --model nets.py:resnet20 --batches nets.py:batches --budget 1.2
+    """
+    from dataclasses import replace
+
+    from merganser.align.partial import Pair, Settings
+    from merganser.align.sequence import Sampling
+    from merganser.checkpoints import open_source
+    from merganser.cli.barrier import labelled_of
+    from merganser.cli.budgets import curve_file, row, show, show_preview
+    from merganser.cli.partial import (
+        Files,
+        both,
+        budgets_of,
+        check_batches,
+        check_budget,
+        check_least,
+        chosen,
+        item_type_of,
+        least,
+    )
+    from merganser.cli.partial import write as write_all
+    from merganser.cli.pictures import picture_batches, scale_of
+    from merganser.cli.subject import batches_of, running, subject
+    from merganser.cli.symmetry import found_in, shape_of
+    from merganser.errors import ParameterError
+
+    settings = Settings(
+        way=way.value,
+        target=target.value,
+        ridge=ridge,
+        measure=measure.value,
+        multiple=multiple,
+        match=match.value,
+        recalibrate=recalibrate and not preview,
+        heads=tuple(apart or ()),
+        sampling=Sampling(seed=seed),
+        seed=seed,
+        dense=dense,
+    )
+    check_budget(budget)
+    wanted = budgets_of(budgets) if curve is not None or preview else []
+    if target is not Target.averaged and way is not Way.layers:
+        raise ParameterError(f"--target {target.value} is for layers that are refitted by themselves", "--way layers")
+    if (batches is None) == (not data):
+        raise ParameterError("inputs to compare and fit by are needed", "--batches FILE:NAME, or --data DIR")
+    if not preview:
+        check_out(
+            out, [one, two, *map(str, data or ()), *([other_model] if other_model else [])], model, overwrite=overwrite
+        )
+        files = Files(out, export, onnx, curve, overwrite)
+    sources = open_source(one), open_source(two)
+    named = model or one
+    second = other_model or model or (two if (Path(two) / "config.json").is_file() else one)
+    given = labelled_of(labelled) if labelled is not None else None
+    kind = item_type_of(sources[0])
+    with running(named), progress_bar("measuring and fitting", quiet=quiet or preview, unit="steps") as progress:
+        inputs = batches_of(batches) if batches is not None else None
+        it = subject(named, shape_of(shape), inputs[0] if inputs else None)
+        if inputs is None:
+            inputs = picture_batches(data or (), it, named, count=examples, scale=scale_of(scale) if scale else None)
+            it = replace(it, args=tuple(inputs[0][0]), kwargs=inputs[0][1])
+        check_batches(inputs)
+        networks = both(it, named, second, sources, inputs[0], settings.heads)
+        found = found_in(named, it)
+        pair = Pair(found, *networks, inputs, output=it.output, settings=settings, progress=progress)
+        wanted = list(dict.fromkeys(max(b, least(pair)) for b in wanted))
+        if preview:
+            show_preview(pair, wanted, kind)
+            return
+        check_least(pair, budget)
+        splits = chosen(pair, [budget, *wanted], few=few)
+        made = pair.laid_out(splits[budget])
+        rows = {b: row(pair, made if b == budget else pair.laid_out(splits[b]), b, kind, given) for b in sorted(splits)}
+    receipt = {
+        "pleas": [one, two],
+        "model": named,
+        "other_model": second if second != named else None,
+        "batches": batches or list(map(str, data or ())),
+        "budget": budget,
+        "measure": measure.value,
+        "multiple": multiple,
+        "way": way.value,
+        "target": target.value,
+        "ridge": ridge,
+        "match": match.value,
+        "recalibrate": recalibrate,
+        "seed": seed,
+    }
+    write_all(pair, made, kind, files, named, receipt)
+    if curve is not None:
+        curve.write_bytes(curve_file([r for b, r in rows.items() if b in wanted], curve))
+    if not quiet:
+        for name in found.unsound:
+            console().print(f"refused by the self-check, and left as it is: {name}")
+        show(pair, made, list(rows.values()))
+        for path in filter(None, (out, export, onnx, curve)):
+            console().print(f"{path}: written")

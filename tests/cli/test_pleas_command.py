@@ -1,0 +1,447 @@
+"""`merganser pleas`: what it writes is of the size that it says and gives what both give; or nothing is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from merganser.checkpoints import open_source
+from merganser.cli.partial import budgets_of
+from merganser.cli.pictures import picture_batches, scale_of
+from merganser.cli.subject import Subject, loaded, subject
+from merganser.errors import MerganserError, ParameterError, RefError
+from support import tree
+
+Run = Callable[..., tuple[int, str, str]]
+
+CODE = """
+import torch
+from torch import nn
+
+def deep(classes=3):
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, classes))
+
+def five():
+    return deep(5)
+
+def normed():
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def other():
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+
+def drawn(count, size):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, 6, generator=generator) for _ in range(count)]
+
+def batches():
+    return drawn(3, 32)
+
+def few():
+    return drawn(1, 5)
+
+def uneven():
+    return [*drawn(2, 32), *drawn(1, 20)]
+
+def nans():
+    return [torch.full((32, 6), float("nan"))]
+
+def labelled():
+    return [(x, (x[:, 0] > 0).long()) for x in batches()]
+
+def pictures():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)), torch.zeros(2, 3, 4, 4)
+"""  # noqa: E501
+
+State = dict[str, Tensor]
+
+
+def drawn(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def deep(seed: int, classes: int = 3) -> State:
+    sizes = {"0": (8, 6), "2": (8, 8), "4": (classes, 8)}
+    return drawn(
+        seed, {f"{n}.{x}": s if x == "weight" else s[:1] for n, s in sizes.items() for x in ("weight", "bias")}
+    )
+
+
+def given(tensors: State, x: Tensor, *, head: str = "4") -> Tensor:
+    """What a perceptron of two hidden layers gives, in float64."""
+    t = {name: y.double() for name, y in tensors.items()}
+    y = x.double()
+    for layer in ("0", "2"):
+        y = (y @ t[f"{layer}.weight"].T + t[f"{layer}.bias"]).relu()
+    return y @ t[f"{head}.weight"].T + t[f"{head}.bias"]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Networks a and b, c that is a in another order, d that is it with other labels; the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(CODE)
+    a, b, head = deep(0), deep(1), deep(2, 5)
+    first, second = (torch.randperm(8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
+    c = {
+        "0.weight": a["0.weight"][first],
+        "0.bias": a["0.bias"][first],
+        "2.weight": a["2.weight"][second][:, first],
+        "2.bias": a["2.bias"][second],
+        "4.weight": a["4.weight"][:, second],
+        "4.bias": a["4.bias"],
+    }
+    d = {**c, "4.weight": head["4.weight"][:, second], "4.bias": head["4.bias"]}
+    networks = {"a": a, "b": b, "c": c, "d": d, "half-a": {n: x.half() for n, x in a.items()}}
+    networks |= {"half-b": {n: x.half() for n, x in b.items()}}
+    networks |= {"other": drawn(5, {"0.weight": (9, 6), "0.bias": (9,), "2.weight": (3, 9), "2.bias": (3,)})}
+    for name, tensors in networks.items():
+        save_file({n: x.contiguous() for n, x in tensors.items()}, f"{name}.safetensors")
+    return tmp_path
+
+
+def words(one: str, two: str, *more: str, model: str = "deep", batches: str = "batches", out: str = "out") -> list[str]:
+    named = ["--model", f"nets.py:{model}", "--batches", f"nets.py:{batches}"]
+    return ["pleas", f"{one}.safetensors", f"{two}.safetensors", out, *named, *more]
+
+
+def built(folder: str = "out", x: Tensor | None = None) -> nn.Module:
+    """The network of a folder, as other commands load it."""
+    batch = ((torch.zeros(2, 6) if x is None else x,), {})
+    return loaded(subject(folder, None, batch).network, open_source(folder))
+
+
+def inputs() -> Tensor:
+    return torch.randn(50, 6, generator=torch.Generator().manual_seed(9))
+
+
+def test_copies_in_another_order_become_the_network_again(shop: Path, run: Run) -> None:
+    code, text, error = run(*words("a", "c", "--budget", "1"))
+    assert (code, error) == (0, "")
+    assert "2 of 2 groups can be split; 96 examples" in text
+    with torch.no_grad():
+        assert torch.allclose(built()(inputs()).double(), given(load_file("a.safetensors"), inputs()), atol=1e-4)
+    assert json.loads(Path("out/merganser.json").read_text())["pleas"] == ["a.safetensors", "c.safetensors"]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_at_twice_the_size_the_mean_of_both_is_given(shop: Path, run: Run, dense: bool) -> None:
+    code, _, error = run(*words("a", "b", "--budget", "2", "--quiet", *(["--dense"] if dense else [])))
+    assert (code, error) == (0, "")
+    with torch.no_grad():
+        y = built()(inputs()).double()
+    tensors = load_file("out/model.safetensors")
+    mean = sum(given(load_file(f"{n}.safetensors"), inputs()) for n in "ab") / 2
+    assert torch.allclose(y, mean, atol=1e-3) is not dense  # whole layers would be four times as large
+    assert ("2.first_weight" in tensors) is not dense
+    if not dense:
+        assert sum(x.numel() for n, x in tensors.items() if n.startswith("2")) == 2 * (8 * 8 + 8)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--dense",), ("--measure", "parameters"), ("--way", "layers", "--target", "mixed")]
+)
+def test_the_network_is_within_its_budget_and_of_the_size_that_the_receipt_tells(
+    shop: Path, run: Run, more: tuple[str, ...]
+) -> None:
+    assert run(*words("a", "b", "--budget", "1.5", "--quiet", *more))[0] == 0
+    network = built()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 6))
+    parameters = sum(p.numel() for p in network.parameters())
+    costs = json.loads(Path("out/merganser.json").read_text())["costs"]
+    assert (counter.get_total_flops(), parameters) == (costs["flops"], costs["parameters"])
+    one = 2 * (6 * 8 + 8 * 8 + 8 * 3), 6 * 8 + 8 + 8 * 8 + 8 + 8 * 3 + 3
+    assert (costs["parent_flops"], costs["parent_parameters"]) == one
+    share = parameters / one[1] if "parameters" in more else counter.get_total_flops() / one[0]
+    assert 1.3 < share <= 1.5
+
+
+def test_a_preview_tells_reasons_and_the_size_of_what_is_written_and_writes_nothing(shop: Path, run: Run) -> None:
+    sizes = {"0": (8, 6), "1": (8,), "3": (8, 8), "5": (3, 8)}
+    for seed, name in enumerate("ef"):
+        shapes = {f"{n}.{x}": s if x == "weight" else s[:1] for n, s in sizes.items() for x in ("weight", "bias")}
+        save_file(drawn(seed, shapes), f"{name}.safetensors")
+    run(*words("e", "f", "--preview", model="normed"))  # compiles the file of networks
+    before = tree(shop)
+    code, text, error = run(*words("e", "f", "--preview", "--budgets", "1,1.4", model="normed"))
+    assert (code, error) == (0, "")
+    assert tree(shop) == before
+    lines = text.splitlines()
+    assert "8      no: the output changed" in lines[1]
+    assert lines[1].rstrip().endswith("1 normalises its units together")
+    assert lines[2].split() == ["3", "8", "yes"]
+    flops, parameters = 2 * (48 + 64 + 24), 48 + 8 + 16 + 64 + 8 + 24 + 3
+    assert lines[4].split()[:5] == ["1", str(flops), str(parameters), str(4 * parameters), "B"]
+    k = int(0.4 * flops / (2 * (8 + 3)))  # each pair apart takes one unit more, read by three
+    assert lines[5].split()[1] == str(flops + k * 2 * (8 + 3))
+    assert lines[5].rstrip().endswith(f"8 -> {8 + k}")
+    assert run(*words("e", "f", "--budget", "1.4", "--quiet", model="normed"))[0] == 0
+    stored = sum(x.numel() * x.element_size() for x in load_file("out/model.safetensors").values())
+    assert lines[5].split()[3] == str(stored)
+
+
+def test_outputs_of_both_stay_apart_in_a_head(shop: Path, run: Run) -> None:
+    more = ("--other-model", "nets.py:five", "--apart", "4")
+    code, _, error = run(*words("a", "d", *more, "--budget", "1.1"))
+    assert code == 2
+    least = (48 + 64 + 8 * 8) / (48 + 64 + 8 * 3)
+    assert f"costs {least:.4f} of one" in error
+    assert not Path("out").exists()
+    assert run(*words("a", "d", *more, "--budget", "1.3", "--quiet"))[0] == 0
+    with torch.no_grad():
+        y = built()(inputs()).double()
+    apart = [given(load_file(f"{n}.safetensors"), inputs()) for n in "ad"]
+    assert torch.allclose(y, torch.cat(apart, 1), atol=1e-4)
+
+
+def test_a_curve_is_a_table_or_a_plot_and_right_answers_are_counted(shop: Path, run: Run) -> None:
+    more = ("--curve", "curve.md", "--budgets", "1,1.5,2", "--labelled", "nets.py:labelled")
+    code, text, error = run(*words("a", "b", *more, "--budget", "1.2"))
+    assert (code, error) == (0, "")
+    rows = [line.strip("| \n").split(" | ") for line in Path("curve.md").read_text().splitlines()]
+    assert rows[0] == ["budget", "FLOPs", "parameters", "bytes", "pairs apart", "output error", "right"]
+    values = [[float(x) for x in (row[0], row[1], row[4], row[5])] for row in rows[2:]]
+    assert [v[0] for v in values] == [1, 1.5, 2]
+    assert all(flops <= budget for budget, flops, *_ in values)
+    assert [v[2] for v in values][::2] == [0, 16]
+    assert values[0][3] > values[1][3] > values[2][3] == 0
+    mean = sum(given(load_file(f"{n}.safetensors"), x := _batches()) for n in "ab")
+    right = float((mean.argmax(1) == (x[:, 0] > 0)).float().mean())
+    assert rows[-1][-1] == f"{100 * right:.1f} %"
+    assert sum(line.startswith(("1", "2 ")) for line in text.splitlines()[1:6]) == 4
+    assert run(*words("a", "b", "--curve", "curve.png", "--budgets", "1,2", "--overwrite", "--quiet"))[0] == 0
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _batches() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat([torch.randn(32, 6, generator=generator) for _ in range(3)])
+
+
+def test_a_program_gives_what_the_folder_gives_for_any_number_of_examples(shop: Path, run: Run) -> None:
+    assert run(*words("a", "b", "--export", "out.pt2", "--quiet"))[0] == 0
+    program: Any = torch.export.load("out.pt2").module()
+    with torch.no_grad():
+        assert torch.allclose(program(inputs()), built()(inputs()), atol=1e-6)
+
+
+def test_too_few_examples_are_refused_with_how_many_a_layer_has_and_needs(shop: Path, run: Run) -> None:
+    code, _, error = run(*words("a", "b", batches="few"))
+    assert code == 2
+    assert "has too few rows of inputs for a stable solve, 5, and needs 9; so have 2 others" in error
+    assert "give 9 examples or more (these are 5), or --way none" in error
+    assert not Path("out").exists()
+    assert run(*words("a", "b", "--few", "--quiet", batches="few")) == (0, "", "")
+    assert run(*words("a", "b", "--way", "none", "--quiet", out="none", batches="few")) == (0, "", "")
+
+
+def test_types_stay_those_of_the_files(shop: Path, run: Run) -> None:
+    assert run(*words("half-a", "half-b", "--quiet"))[0] == 0
+    assert {x.dtype for x in load_file("out/model.safetensors").values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--budget", "0.9"), "a budget of 0.9 is not in [1, 2]"),
+        (("--budget", "2.1"), "a budget of 2.1 is not in [1, 2]"),
+        (("--budget", "nan"), "a budget of nan is not in [1, 2]"),
+        (("--preview", "--budgets", "1,3"), "a budget of 3 is not in [1, 2]"),
+        (("--ridge", "-1"), "ridge is -1.0"),
+        (("--target", "separate"), "--way layers"),
+        (("--apart", "7"), "there is no head 7"),
+        (("--data", "."), "--batches FILE:NAME, or --data DIR"),
+        (("--export", "out/x.pt2"), "lies in out"),
+        (("--export", "x.pt"), "FILE.pt2"),
+        (("--export", "nowhere/x.pt2"), "nowhere is no folder"),
+        (("--curve", "curve.txt"), "FILE.png or FILE.md"),
+        (("--curve", "nets.py"), "nets.py exists"),
+        (("--batches", "nets.py:uneven"), "batch 3 is of shape (20, 6), and the first of (32, 6)"),
+        (("--batches", "nets.py:nans"), "batch 1 holds NaN or infinity"),
+        (("--labelled", "nets.py:batches"), "pairs of inputs and classes"),
+        (("--model", "nets.py:other"), "0.weight of a.safetensors is (8, 6)"),
+        (("--other-model", "nets.py:five"), "4.weight of b.safetensors is (3, 8)"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    shop: Path, run: Run, change: tuple[str, ...], message: str
+) -> None:
+    run("symmetry", "show", "nets.py:pictures")  # compiles the file of networks
+    before = tree(shop)
+    code, _, error = run(*words("a", "b"), *change)
+    assert code == 2
+    assert message in error
+    assert tree(shop) == before
+
+
+@pytest.mark.parametrize(
+    ("two", "more", "message", "hint"),
+    [
+        ("d", (), "4.weight of d.safetensors is (5, 8)", "--other-model MODEL --apart 4"),
+        ("d", ("--other-model", "nets.py:five"), "4.weight is (3, 8) in A and (5, 8) in B", "--apart 4"),
+        ("other", ("--other-model", "nets.py:other"), "only A has 4.weight", "both must be of one architecture"),
+    ],
+)
+def test_networks_that_do_not_fit_are_told_apart_from_other_labels(
+    shop: Path, run: Run, two: str, more: tuple[str, ...], message: str, hint: str
+) -> None:
+    code, _, error = run(*words("a", two, *more))
+    assert code == 2
+    assert message in error
+    assert hint in error
+    assert not Path("out").exists()
+
+
+def test_without_its_packages_onnx_is_refused_before_the_work(
+    shop: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, error = run(*words("a", "b", "--onnx", "x.onnx"))
+    assert code == 2
+    assert "pip install onnx onnxscript" in error
+    assert not Path("out").exists()
+
+
+def test_a_program_that_cannot_be_made_leaves_no_folder(shop: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_args: Any, **_kwargs: Any) -> None:
+        raise ParameterError("the network cannot be exported: it is a test")
+
+    monkeypatch.setattr("merganser.align.partial_file.export_onnx", failing)
+    monkeypatch.setattr("merganser.align.partial_file.check_onnx", lambda: None)
+    code, _, error = run(*words("a", "b", "--export", "x.pt2", "--onnx", "x.onnx"))
+    assert code == 2
+    assert "it is a test" in error
+    assert not Path("out").exists()
+    assert not Path("x.pt2").exists()
+
+
+def test_a_folder_that_is_there_is_kept_unless_told(shop: Path, run: Run) -> None:
+    assert run(*words("a", "b", "--quiet"))[0] == 0
+    before = Path("out/model.safetensors").read_bytes()
+    code, _, error = run(*words("a", "b", "--budget", "1"))
+    assert code == 2
+    assert "out exists" in error
+    assert Path("out/model.safetensors").read_bytes() == before
+    assert run(*words("a", "b", "--budget", "1", "--overwrite", "--quiet"))[0] == 0
+    assert Path("out/model.safetensors").read_bytes() != before
+    Path("mine").mkdir()
+    Path("mine/a-file").write_text("mine")
+    code, _, error = run(*words("a", "b", "--overwrite", out="mine"))
+    assert code == 2
+    assert "it was not made here" in error
+
+
+def test_the_folder_is_a_model_of_other_commands_wherever_its_code_stands_beside_it(
+    shop: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(*words("a", "b", "--budget", "1.5", "--quiet"))[0] == 0
+    code, text, _ = run("symmetry", "show", "out", "--input", "2,6")
+    assert code == 0
+    assert "self-check passed" in text
+    code, text, _ = run("barrier", "out", "out", "--model", "out", "--labelled", "nets.py:labelled")
+    assert code == 0
+    assert "96 examples" in text
+    (shop / "elsewhere").mkdir()
+    monkeypatch.chdir(shop / "elsewhere")
+    with torch.no_grad():
+        assert torch.isfinite(built("../out")(inputs())).all()
+    shutil.move(shop / "out", shop / "elsewhere/out")
+    with pytest.raises(RefError, match=r'was made of nets.py:deep: .*(?s:.)*correct "model"'):
+        subject("out", None)
+
+
+def test_a_folder_that_names_itself_is_refused(shop: Path, run: Run) -> None:
+    assert run(*words("a", "b", "--quiet"))[0] == 0
+    config = json.loads(Path("out/config.json").read_text())
+    Path("out/config.json").write_text(json.dumps({**config, "model": "out"}))
+    with pytest.raises(RefError, match="names itself"):
+        subject("out", None)
+
+
+def painted(folder: Path, count: int, value: int) -> None:
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(folder / f"{i}.png")
+
+
+def test_pictures_of_folders_are_mixed_scaled_and_cut_to_the_input_of_the_network(shop: Path) -> None:
+    painted(Path("dark/deep"), 120, 0)
+    painted(Path("light"), 90, 255)
+    it = Subject(nn.Identity(), (torch.zeros(2, 3, 4, 4),), {"more": 1})
+    places = [Path("dark"), Path("light")]
+    batches = picture_batches(places, it, "nets.py:pictures", count=160, scale=scale_of("0.5,0.5,0/0.25"))
+    assert [(tuple(args[0].shape), kwargs) for args, kwargs in batches] == [((80, 3, 4, 4), {"more": 1})] * 2
+    x = torch.cat([args[0] for args, _ in batches])
+    assert x[::2].unique().tolist() == [-2, 0]
+    assert x[1::2, :2].unique().tolist() == [2]
+    assert x[1::2, 2].unique().tolist() == [4]
+
+
+def test_arrays_of_pictures_are_those_to_train_with_and_lie_as_the_network_takes_them(shop: Path) -> None:
+    pictures = np.arange(10 * 4 * 4 * 3, dtype=np.int64).reshape(10, 4, 4, 3).astype(np.uint8)
+    np.savez("set.npz", x_train=pictures, x_test=255 - pictures, y_train=np.zeros(10))
+    it = Subject(nn.Identity(), (), {"x": torch.zeros(2, 4, 4, 3)})
+    ((args, kwargs),) = picture_batches([Path("set.npz")], it, "m", count=5, scale=scale_of("0/1"))
+    assert args == ()
+    assert torch.equal(kwargs["x"], torch.from_numpy(pictures[::2].astype(np.float32) / np.float32(255)))
+
+
+def test_a_folder_of_pictures_is_enough(shop: Path, run: Run) -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    np.save("pictures.npy", rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8))
+    for name in "gh":
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        save_file(network.state_dict(), f"{name}.safetensors")
+    named = ["pleas", "g.safetensors", "h.safetensors", "out", "--model", "nets.py:pictures", "--data", "pictures.npy"]
+    code, _, error = run(*named)
+    assert (code, "--scale MEAN/DEVIATION" in error) == (2, True)
+    code, text, error = run(*named, "--scale", "0.5/0.5")
+    assert (code, error) == (0, "")
+    assert "40 examples" in text
+
+
+@pytest.mark.parametrize(
+    ("place", "it", "scale", "message"),
+    [
+        ("nowhere", torch.zeros(1, 3, 4, 4), "0/1", "nowhere does not exist"),
+        ("nets.py", torch.zeros(1, 3, 4, 4), "0/1", "holds no pictures"),
+        ("bad.png", torch.zeros(1, 3, 4, 4), "0/1", "is not a picture"),
+        ("small.npy", torch.zeros(1, 3, 4, 4), "0/1", r"holds pictures of \(2, 2, 3\)"),
+        ("small.npy", torch.zeros(1, 3, 4, 5), "0/1", "cut to squares"),
+        ("small.npy", torch.zeros(1, 6), "0/1", r"the network takes \(1, 6\)"),
+    ],
+)
+def test_what_is_no_picture_for_the_network_is_refused(
+    shop: Path, place: str, it: Tensor, scale: str, message: str
+) -> None:
+    Path("bad.png").write_bytes(b"no picture")
+    np.save("small.npy", np.zeros((3, 2, 2), np.uint8))
+    with pytest.raises(MerganserError, match=message):
+        picture_batches([Path(place)], Subject(nn.Identity(), (it,)), "m", count=9, scale=scale_of(scale))
+
+
+@pytest.mark.parametrize("text", ["0.5", "a/b", "1,2/1", "0/0", "0/-1", "1/2/3"])
+def test_scales_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ParameterError, match="--scale is"):
+        scale_of(text)
+
+
+@pytest.mark.parametrize("text", ["", "1;2", "a", "0.5"])
+def test_budgets_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ParameterError, match="budget"):
+        budgets_of(text)

@@ -100,7 +100,7 @@ class Normal:
     def centred(self) -> Normal:
         """About the means: a bias, or a norm that follows, takes these up."""
         n = self.count
-        gram = self.gram - self.inputs[:, None] * self.inputs / n
+        gram = torch.addr(self.gram, self.inputs, self.inputs, alpha=-1 / n)  # no matrix beside it
         cross = self.cross - self.inputs[:, None] * self.targets / n
         squares = self.squares - float(self.targets.square().sum()) / n
         squares = squares if squares > ROUNDING * self.squares else 0.0
@@ -150,9 +150,9 @@ def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: f
             continue
         mine = order if other is None else order[columns[order] != other]
         if side == Side.SECOND:
-            factor = _factor(normal.gram[mine][:, mine], strength, noise)
+            factor = _factor(normal.gram[mine[:, None], mine], strength, noise)
         else:
-            whole = _factor(normal.gram[order][:, order], strength, noise) if whole is None else whole
+            whole = _factor(normal.gram[order[:, None], order], strength, noise) if whole is None else whole
             factor = whole[: len(mine), : len(mine)]
         inside = missed[mine][:, wanted]
         if bool(torch.isfinite(factor).all()):
@@ -173,11 +173,10 @@ def _read(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor, strength: float, noise: float) -> Tensor:
-    """Lower Cholesky factor of gram + strength; NaN where there is none, or where rounding makes it."""
-    shifted = gram.clone()
-    shifted.diagonal().add_(strength)
+    """Lower Cholesky factor of gram + strength; NaN where there is none, or where rounding makes it. Changes gram."""
+    gram.diagonal().add_(strength)
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(shifted)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if int(failed) or (len(gram) and float(factor.diagonal().min()) ** 2 <= noise):
         return factor.fill_(torch.nan)
     return factor
@@ -293,10 +292,10 @@ def refit(
             continue
         normal = _normal(layer, joint, fit, (a, b), target)
         bias = f"{layer}.bias" in state
-        used = normal.centred() if bias or layer in free else normal
+        normal = normal.centred() if bias or layer in free else normal
         prior = state[name].detach().double().cpu().reshape(len(state[name]), -1)
-        weight = solve(used, prior, fit.rows.side, fit.entries.side, ridge)
-        done.residuals[layer] = used.residual(weight)
+        weight = solve(normal, prior, fit.rows.side, fit.entries.side, ridge)
+        done.residuals[layer] = normal.residual(weight)
         done.tensors[name] = weight.reshape(state[name].shape).to(state[name])
         if bias:
             offset = (normal.targets - weight @ normal.inputs) / normal.count

@@ -79,7 +79,7 @@ class Merge(Word):
         every: rounds from one merge to the next.
         start: first round that merges, from 0; late merging.
         final_global: whether the last merge is of all agents with equal weights, whatever the graph.
-        match: what units are compared by.
+        match: what units are compared by, to merge and to say how far apart agents are.
     """
 
     rule: Rule = "plain"
@@ -150,6 +150,7 @@ class Data(Word):
         seed: of the shares, so that runs of several seeds may have the same ones; that of the run where it is left out.
         items: most training examples an agent has.
         test: most test examples; all where it is left out.
+        shrink: side of the squares of pixels of which each becomes one, their mean; 1 leaves pictures as they are.
         proxy: training examples that are set aside for all to compare units by, and are in no shard.
     """
 
@@ -160,6 +161,7 @@ class Data(Word):
     seed: Whole | None = None
     items: Positive | None = None
     test: Positive | None = None
+    shrink: Positive = 1
     proxy: Whole = 0
 
     @model_validator(mode="after")
@@ -239,7 +241,7 @@ class RunConfig(Word):
     def _fits(self) -> RunConfig:
         if self.max_staleness and self.mode == "sync":
             raise ValueError("max_staleness belongs to the mode async")
-        if self.algorithm != "merge" and self.merge != Merge():
+        if self.algorithm != "merge" and self.merge.model_copy(update={"match": Match()}) != Merge():
             raise ValueError(f"algorithm {self.algorithm} takes no merge")
         if self.algorithm != "merge" and self.mode == "async":
             raise ValueError(f"algorithm {self.algorithm} is synchronous")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from merganser.errors import ParameterError
 from merganser.study.data import Examples, Split, load_examples
 from merganser.study.networks import PixelEncoder, new_encoder
 from merganser.study.words import LinearHead, Source, Task
+
+#: Reads the examples of a split of a task: its name, what it is, the split, the folder of packed data sets.
+Reader = Callable[[str, Task, Split, Path | None], Examples]
 
 
 class Classifier(nn.Module):
@@ -43,20 +47,25 @@ class Learners:
     Args:
         config: of the run.
         data: folder of packed data sets.
+        read: reads examples; one that remembers them serves many runs.
 
     Raises:
         ParameterError: If a source or a network is unknown, is not of pictures, or has too few examples.
         RefError: If a data set is not there.
     """
 
-    def __init__(self, config: RunConfig, data: Path | None = None) -> None:
+    def __init__(self, config: RunConfig, data: Path | None = None, *, read: Reader = load_examples) -> None:
         self.config = config
         words = config.data
         sources = words.domains or {"data": words.source or {}}
         tasks = {name: Task(data=_source(name, node), head=LinearHead(kind="linear")) for name, node in sources.items()}
-        train = {name: _examples(name, task, "train", data) for name, task in tasks.items()}
-        test = [_examples(name, task, "test", data) for name, task in tasks.items()]
-        named = {examples.classes for examples in (*train.values(), *test)}
+
+        def examples(name: str, split: Split) -> Examples:
+            return _shrunk(name, _pictures(name, read(name, tasks[name], split, data)), words.shrink)
+
+        train = {name: examples(name, "train") for name in tasks}
+        test = [examples(name, "test") for name in tasks]
+        named = {part.classes for part in (*train.values(), *test)}
         if len(named) > 1:
             raise ParameterError("the domains have other classes", f"{min(named)} and {max(named)}"[:300])
         self.classes = len(named.pop())
@@ -64,9 +73,9 @@ class Learners:
         self.proxy: Tensor | None = None
         if words.proxy:
             train, shared = _set_aside(train, words.proxy, self.seed)
-            self.proxy = torch.cat([_pixels(examples) for examples in shared])
+            self.proxy = torch.cat([_pixels(part) for part in shared])
         self.shards = self._shared_out(list(train.values()))
-        self.test = _joined([_labelled(examples) for examples in test])
+        self.test = _joined([_labelled(part) for part in test])
         if words.test is not None:
             order = np.random.default_rng([self.seed, 1]).permutation(len(self.test))[: words.test]
             self.test = Labelled(self.test.x[order], self.test.y[order])
@@ -125,11 +134,23 @@ def _source(name: str, node: dict[str, Any]) -> Any:
         raise ParameterError(f"data {name}: {place}{first['msg']}") from None
 
 
-def _examples(name: str, task: Task, split: Split, data: Path | None) -> Examples:
-    examples = load_examples(name, task, split, data)
+def _pictures(name: str, examples: Examples) -> Examples:
     if isinstance(examples.items, tuple):
         raise ParameterError(f"{name} holds texts, and agents learn from pictures")
     return examples
+
+
+def _shrunk(name: str, examples: Examples, side: int) -> Examples:
+    """Every square of so many pixels a side as one pixel, their mean."""
+    if side == 1:
+        return examples
+    assert not isinstance(examples.items, tuple)
+    n, height, width, channels = examples.items.shape
+    if height % side or width % side:
+        raise ParameterError(f"data.shrink is {side}, and pictures of {name} are {height} x {width}")
+    parts = examples.items.reshape(n, height // side, side, width // side, side, channels)
+    items = np.rint(parts.mean((2, 4), dtype=np.float32)).astype(np.uint8)
+    return Examples(items, examples.labels, examples.classes)
 
 
 def _set_aside(train: dict[str, Examples], count: int, seed: int) -> tuple[dict[str, Examples], list[Examples]]:

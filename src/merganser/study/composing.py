@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from merganser.errors import MerganserError, ParameterError
+from merganser.decentral.words import RunConfig, load_config, read_config
+from merganser.errors import MerganserError, ParameterError, RefError
 from merganser.study.words import MethodNode, ModelPool, Node, StudyNode, TaskPool, Variant, Zoo
+from merganser.study.words_agents import AgentsNode
 from merganser.study.words_apart import KINDS, HalvesNode, LinesNode
 
 N = TypeVar("N", bound=Node)
@@ -47,7 +49,7 @@ def names_in(group: str, extra: Path | None = None) -> list[str]:
     return sorted({p.stem for place in places for p in place.glob("*.yaml")})
 
 
-def study_of(words: Sequence[str], *, extra: Path | None = None) -> Plan | HalvesNode | LinesNode:
+def study_of(words: Sequence[str], *, extra: Path | None = None) -> Plan | HalvesNode | LinesNode | AgentsNode:
     """The study that overrides mean, of any kind: `kind` of its node says which; by default experts arrive one by one.
 
     Args:
@@ -61,17 +63,57 @@ def study_of(words: Sequence[str], *, extra: Path | None = None) -> Plan | Halve
     kind = (content.get("study") or {}).get("kind", FOLD)
     if kind == FOLD:
         return _plan(words, content, extra)
-    if kind not in KINDS:
-        near = get_close_matches(str(kind), (FOLD, *KINDS), n=1)
-        known = f"it is one of {', '.join((FOLD, *KINDS))}"
+    kinds: dict[str, type[HalvesNode] | type[LinesNode] | type[AgentsNode]] = {**KINDS, "agents": AgentsNode}
+    if kind not in kinds:
+        near = get_close_matches(str(kind), (FOLD, *kinds), n=1)
+        known = f"it is one of {', '.join((FOLD, *kinds))}"
         raise ParameterError(f"study.kind is {kind!r}", f"did you mean {near[0]}?" if near else known)
     for word in words:
         group = word.lstrip("+~").partition("=")[0].partition(".")[0]
         if group not in ("study", "zoo_folder"):
             raise ParameterError(f"{word}: a study of {kind} has no use for it", "its own keys are study.KEY")
-    node = _node(KINDS[kind], content, "study")
+    node = _node(kinds[kind], content, "study")
     folder = next((w.partition("=")[2] for w in reversed(words) if w.lstrip("+").startswith("zoo_folder=")), None)
     return node if folder is None else node.model_copy(update={"zoo": folder})
+
+
+def run_of(config: str, words: Sequence[str] = ()) -> RunConfig:
+    """The decentralised run that a file, or a name in the group `decentral`, means with some keys said otherwise.
+
+    Args:
+        config: path of a YAML file, or a name.
+        words: such as `merge.rule=aligned`.
+
+    Raises:
+        RefError: If there is no such file or name.
+        ParameterError: If it is no configuration of a run, or a word is none.
+    """
+    path, names = Path(config), names_in("decentral")
+    if not path.is_file() and config in names:
+        path = CONF / "decentral" / f"{config}.yaml"
+    if not path.is_file():
+        raise RefError(f"there is no file {config}, nor a run of that name", f"names: {', '.join(names)}")
+    found = load_config(path)
+    if path.stem == config:
+        found = found.model_copy(update={"name": config})
+    if not words:
+        return found
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not key or not equals:
+            raise ParameterError(f"{word!r} sets no key", "as in merge.rule=aligned or rounds=4")
+    try:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+    except ImportError as error:
+        raise MerganserError("words about a run need omegaconf", 'pip install "merganser[study]"') from error
+    try:
+        said = OmegaConf.merge(found.model_dump(mode="json", exclude_defaults=True), OmegaConf.from_dotlist([*words]))
+        content = OmegaConf.to_container(said, resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ParameterError(f"the run cannot be composed: {error}") from error
+    assert isinstance(content, dict)
+    return read_config({str(key): value for key, value in content.items()})
 
 
 def plan_of(words: Sequence[str], *, extra: Path | None = None) -> Plan:
@@ -275,7 +317,9 @@ def _node(kind: type[N], content: Mapping[str, Any], group: str) -> N:
         known = {name for node in nodes for name in node.model_fields}
         near = get_close_matches(str(first["loc"][-1]), known, n=1) if first["loc"] else []
         hint = f"did you mean {near[0]}?" if near and first["type"] == "extra_forbidden" else None
-        raise ParameterError(f"{place}: {first['msg']} ({first['input']!r})", hint) from error
+        what = first["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(first["input"], Mapping) else f" ({first['input']!r})"
+        raise ParameterError(f"{place}: {what}{shown}", hint) from error
 
 
 def _below(kind: type[Node]) -> list[type[Node]]:

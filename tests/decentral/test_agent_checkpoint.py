@@ -231,3 +231,29 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         agent.resume(2)
     with pytest.raises(StateError, match="keeps no checkpoints"):
         together(config, TinyLearner).agents[0].resume(0)
+
+
+def test_a_run_without_a_step_that_all_kept_begins_anew(tmp_path: Path) -> None:
+    config = tiny_config(rounds=4)
+    run(config, together(config, TinyLearner, aligned=False, folder=tmp_path / "whole"), tmp_path / "whole")
+    folder = tmp_path / "odd"
+    run(config, together(config, TinyLearner, aligned=False, folder=folder), folder)
+    for path in (folder / "agent-0").glob("*.safetensors"):
+        path.unlink()
+    assert not checkpoint.numbers(folder / "agent-0")
+    assert checkpoint.numbers(folder / "agent-1")
+    # killed again after the first round: what it went on from must be of the new run, not of the old one
+    killed_at = together(config, TinyLearner, aligned=False, folder=folder, hook=_stops_at(2))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, killed_at, folder, resume=True)
+    assert checkpoint.numbers(folder / "agent-1") == [0, 1]
+    run(config, together(config, TinyLearner, aligned=False, folder=folder), folder, resume=True)
+    same(tmp_path / "whole", folder)
+
+
+def _stops_at(step: int) -> Any:
+    def hook(_who: int, number: int, _now: Phase) -> None:
+        if number == step:
+            raise KeyboardInterrupt
+
+    return hook

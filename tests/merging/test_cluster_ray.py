@@ -32,7 +32,10 @@ from merganser.merging.cluster_work import Failure, Work, Written, write_part
 from merganser.merging.run import plan_recipes, run
 from support import load, save
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files open
+pytestmark = [
+    pytest.mark.xdist_group("ray"),  # one worker starts Ray, not every one
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
+]
 
 #: Seconds after which a test that waits has failed.
 WAIT_S = 60.0

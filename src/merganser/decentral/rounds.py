@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from merganser.decentral import checkpoint
 from merganser.decentral.agent import Agent, Hook, Phase, Tamper
 from merganser.decentral.baselines import effective
 from merganser.decentral.in_process import Network
@@ -96,6 +97,10 @@ class Together:
 
     def work(self, number: int) -> None:
         """Have all do a step, but for its checkpoint."""
+        if number == 0:  # checkpoints of a run that is not gone on with
+            for agent in self.agents:
+                if agent.folder is not None:
+                    checkpoint.forget(agent.folder, after=-1)
         with one_thread():
             for phase in Phase:
                 if phase is not Phase.CHECKPOINT:

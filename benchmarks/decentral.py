@@ -4,9 +4,9 @@
 
 Five agents on a ring train on pictures of 32 x 32 that are drawn, and merge: times depend on sizes, not on what is to
 be seen. Overhead of a round is all that is neither training nor judging: sending, matching, merging, statistics of
-BatchNorm taken again, checkpoints; as a share of training, median over rounds after the first, in which agents take
-over an order of units if they do. It does not grow with an agent's shard, of which statistics and matching look at so many
-pictures and no more: it is said for larger shards, too.
+BatchNorm taken again, checkpoints; as a share of training, median over rounds after the first (in which agents may
+take over an order of units). Statistics and matching look at so many pictures of a shard and no more, so the overhead
+is said for larger shards, too.
 
 With --ray the same rounds run with a process for every agent as well, and models are compared bit by bit.
 """

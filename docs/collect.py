@@ -20,6 +20,7 @@ PAGES = {
     ),
     "cifar5x5": (("cifar5x5", "barrier"), ()),
     "pleas": (("pleas_disjoint", "pleas_domains"), ()),
+    "dimat": (("dimat",), ("dimat-full", "dimat-same", "dimat-dirichlet", "dimat-batch16")),
 }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from merganser.decentral.words import load_config, read_config
 from merganser.errors import ParameterError
 from merganser.study.agents import Learners
 
+pytestmark = pytest.mark.xdist_group("decentral-command")  # the run is made once
 Run = Callable[..., tuple[int, str, str]]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "decentral" / "digits.yaml"
 
@@ -42,14 +45,17 @@ def config_file(folder: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the configuration of a run; the one run of networks on the digits."""
-    return tmp_path_factory.mktemp("runs")
+    """A folder with `config.yaml`, and the run of networks on the digits that it tells of in `whole`."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["decentral", "run", config_file(folder), "--out", folder / "whole"]
+    found = subprocess.run([sys.executable, "-m", "merganser", *map(str, words)], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    (folder / "said").write_text(found.stdout)
+    return folder
 
 
 def test_agents_learn_the_digits_and_a_run_that_was_killed_ends_the_same(done: Path, run: Run) -> None:
-    config = config_file(done)
-    code, out, error = run("decentral", "run", config, "--out", done / "whole")
-    assert (code, error) == (0, "")
+    config, out = done / "config.yaml", (done / "said").read_text()
     assert out.splitlines()[0].split()[0] == "round"
     assert "report.html: written" in out
     lines = journal(done / "whole")
@@ -85,7 +91,7 @@ def test_a_run_is_shown(done: Path, run: Run) -> None:
 
 def test_what_cannot_be_run_says_so(tmp_path: Path, run: Run) -> None:
     for words, says in (
-        ((tmp_path / "nowhere.yaml", "--out", tmp_path / "x"), "cannot be read"),
+        ((tmp_path / "nowhere.yaml", "--out", tmp_path / "x"), "there is no file"),
         ((config_file(tmp_path, rouns=3), "--out", tmp_path / "x"), "did you mean rounds?"),
         ((config_file(tmp_path, network={"kind": "blob"}), "--out", tmp_path / "x"), "network kind is 'blob'"),
         ((config_file(tmp_path), "--out", tmp_path / "x", "--faults", "1:2"), "agent:round:phase:action"),

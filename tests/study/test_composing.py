@@ -14,6 +14,7 @@ from merganser.errors import MerganserError, ParameterError
 from merganser.study.composing import CONF, GROUPS, Plan, expanded, merged_plans, names_in, plan_of, study_of, zoo_of
 from merganser.study.networks import new_encoder
 from merganser.study.words import MethodNode, Zoo
+from merganser.study.words_agents import AgentsNode
 from merganser.study.words_apart import KINDS
 
 POOLS = ("modelpool=vision8", "taskpool=vision8")
@@ -33,7 +34,10 @@ def test_every_method_composes_with_settings_that_its_method_takes(name: str) ->
 
 
 def kind_of(name: str) -> str:
-    return yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())["study"].get("kind", "fold")
+    """What kind a study is; one that only changes another is of its kind."""
+    content = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())
+    others = [kind_of(other) for other in content.get("defaults", []) if isinstance(other, str) and other != "_self_"]
+    return content["study"].get("kind", others[0] if others else "fold")
 
 
 @pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) == "fold"])
@@ -48,7 +52,7 @@ def test_every_study_composes(name: str) -> None:
     assert list(plan.tasks.tasks) == list(plan.models.models)
 
 
-@pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) != "fold"])
+@pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) in KINDS])
 def test_every_study_of_networks_apart_composes_with_networks_that_can_be_made(name: str) -> None:
     content = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())["study"]
     node = study_of([f"study={name}", "zoo_folder=/data/zoo"])
@@ -57,6 +61,16 @@ def test_every_study_of_networks_apart_composes_with_networks_that_can_be_made(n
     assert study_of([f"study={name}"]).zoo == content["zoo"]
     for network in node.networks.values():
         new_encoder({**network.network, "width": 3})
+
+
+@pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) == "agents"])
+def test_every_study_of_agents_composes_with_runs_that_can_be_made(name: str) -> None:
+    node = study_of([f"study={name}", "zoo_folder=/data/zoo"])
+    assert isinstance(node, AgentsNode)
+    assert (node.name, node.zoo) == (name, "/data/zoo")
+    assert set(node.chosen) <= set(node.methods)
+    for method in node.chosen:
+        new_encoder({"width": 3, **dict(node.config(method, node.seeds[0]).network)})
 
 
 def test_a_study_of_another_kind_is_a_plan() -> None:
@@ -76,6 +90,8 @@ def test_every_pool_belongs_to_a_study(group: str) -> None:
     used = set()
     for path in (CONF / "study").glob("*.yaml"):
         for override in yaml.safe_load(path.read_text()).get("defaults", []):
+            if isinstance(override, str):  # another study
+                continue
             used |= {value for key, value in override.items() if key == f"override /{group}"}
     assert sorted(used) == shipped(group)
 
@@ -96,7 +112,7 @@ def test_every_zoo_composes_with_tasks_that_it_knows(name: str) -> None:
 
 
 def test_every_file_is_in_a_known_group() -> None:
-    assert {path.name for path in CONF.iterdir() if path.is_dir()} == set(GROUPS)
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == {*GROUPS, "decentral"}
     assert all(names_in(group) == shipped(group) for group in GROUPS)
 
 

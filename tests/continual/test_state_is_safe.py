@@ -21,6 +21,8 @@ from merganser.continual.state import locked
 from merganser.errors import MerganserError, RefError, StateError
 from support import load, save, save_family, tree
 
+pytestmark = pytest.mark.xdist_group("state-is-safe")  # what its fixtures make takes long, and is made once
+
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
 

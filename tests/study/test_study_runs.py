@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from small import TASKS, times_out, write, write_groups
 
+pytestmark = pytest.mark.xdist_group("study-runs")  # its studies are run once
+
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -45,7 +45,8 @@ def local_seats() -> Iterator[Seats]:
         for name, value in QUIET.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", PATHS)  # so that workers find the helpers
-        ray = pytest.importorskip("ray")
+        import ray
+
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         ray.init(address="local", num_cpus=1, object_store_memory=80_000_000, **quiet)
         try:

@@ -16,9 +16,10 @@ from torch.nn import functional
 from merganser.align.activations import Batch
 from merganser.align.layout import Split, widened
 from merganser.align.moments import joint_moments
-from merganser.align.ran import layers_run
+from merganser.align.ran import joined, layers_run
 from merganser.align.refit import Refitted, refit
-from merganser.align.sequence import Sampling, joined, measure_batch_norm, refit_in_sequence
+from merganser.align.renorm import measure_batch_norm
+from merganser.align.sequence import Sampling, refit_in_sequence
 from merganser.align.wider import widen
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.symmetry import Spec, symmetries

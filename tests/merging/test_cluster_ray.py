@@ -64,7 +64,7 @@ def nodes() -> Iterator[TwoNodes]:
         for name, value in QUIET.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", PATHS)  # so that workers find the helpers
-        ray = pytest.importorskip("ray")
+        import ray
         from ray.cluster_utils import Cluster
 
         size = {"num_cpus": 1, "object_store_memory": 80_000_000, "memory": 2_000_000_000}
@@ -94,7 +94,6 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def test_no_cluster_at_an_address_is_said_at_once_and_no_address_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
     monkeypatch.setattr(cluster_ray, "ANSWER_S", 0.5)
     began = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:

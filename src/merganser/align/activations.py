@@ -114,7 +114,7 @@ def activation_costs(
         ParameterError: If there is no batch.
         ShapeError: If a batch is of another shape, or a network takes another way through it than the traced one.
     """
-    chosen = _chosen(found, taps)
+    chosen = taps_by_group(found, taps)
     moments: dict[int, Moments] = {}
     count = 0
     for args, kwargs in batches:
@@ -122,13 +122,13 @@ def activation_costs(
         numbers = {tap.number: tap for seen in chosen.values() for tap in seen}
         a, b = (record_tensors(network, args, kwargs, numbers) for network in (one, two))
         for number, tap in numbers.items():
-            moments[number] = grown(moments.get(number), *(_units(found.spec, tap, tensors) for tensors in (a, b)))
+            moments[number] = grown(moments.get(number), *(units_of(found.spec, tap, tensors) for tensors in (a, b)))
     if not count:
         raise ParameterError("there is no batch to compare the networks by")
     shown = {number: m.pearson() for number, m in moments.items()}
     return ActivationCosts(
         found.spec,
-        {group: [Shown(_part(tap), shown[tap.number]) for tap in seen] for group, seen in chosen.items()},
+        {group: [Shown(part_of(tap), shown[tap.number]) for tap in seen] for group, seen in chosen.items()},
     )
 
 
@@ -151,7 +151,7 @@ def unit_correlations(found: Symmetries, networks: Sequence[nn.Module], batches:
     spec = found.spec
     chosen = {
         group: seen[-1]
-        for group, seen in _chosen(found, "last").items()
+        for group, seen in taps_by_group(found, "last").items()
         if not spec.inner(group) and spec.groups[group].within is None
     }
     moments: dict[str, Moments] = {}
@@ -161,15 +161,15 @@ def unit_correlations(found: Symmetries, networks: Sequence[nn.Module], batches:
         numbers = {tap.number for tap in chosen.values()}
         runs = [record_tensors(network, args, kwargs, numbers) for network in networks]
         for group, tap in chosen.items():
-            places = spec.places_in(_part(tap), group)
-            x = torch.cat([unfold(_units(spec, tap, tensors), 0, places) for tensors in runs])
+            places = spec.places_in(part_of(tap), group)
+            x = torch.cat([unfold(units_of(spec, tap, tensors), 0, places) for tensors in runs])
             moments[group] = grown(moments.get(group), x, x)
     if not count:
         raise ParameterError("there is no batch to compare the networks by")
     return {group: m.pearson() for group, m in moments.items()}
 
 
-def _chosen(found: Symmetries, taps: Literal["last", "all"]) -> dict[str, list[Tap]]:
+def taps_by_group(found: Symmetries, taps: Literal["last", "all"]) -> dict[str, list[Tap]]:
     """Activations to compare every group by."""
     shown: dict[str, list[Tap]] = {}
     for tap in found.taps:
@@ -179,12 +179,12 @@ def _chosen(found: Symmetries, taps: Literal["last", "all"]) -> dict[str, list[T
     return {group: seen[-1:] if taps == "last" else seen for group, seen in shown.items()}
 
 
-def _part(tap: Tap) -> Part:
+def part_of(tap: Tap) -> Part:
     """What the units of an activation are made of, all its axes that hold some taken together."""
     return {"product": [part for part in tap.axes if any(True for _ in groups_in(part))]}
 
 
-def _units(spec: Spec, tap: Tap, tensors: Mapping[int, Tensor]) -> Tensor:
+def units_of(spec: Spec, tap: Tap, tensors: Mapping[int, Tensor]) -> Tensor:
     """An activation as (units, samples), in float64."""
     x = tensors.get(tap.number)
     sizes = tuple(spec.size(part) for part in tap.axes)

@@ -29,10 +29,10 @@ from merganser.align.match import Progress, match
 from merganser.align.moments import Joint, joint_groups
 from merganser.align.ran import Ran, cut, examples, layers_run
 from merganser.align.refit import Refitted, Target, refit
-from merganser.align.renorm import reset_batch_norm
+from merganser.align.renorm import measure_batch_norm, reset_batch_norm
 from merganser.align.sensitivity import kept_apart, unit_values
 from merganser.align.separable import fault, separable
-from merganser.align.sequence import Blend, Sampling, measure_batch_norm, refit_in_sequence
+from merganser.align.sequence import Blend, Sampling, refit_in_sequence
 from merganser.align.wider import Record, filled, others, plan, rewidened
 from merganser.errors import ParameterError, ShapeError
 from merganser.symmetry import Orders, Symmetries

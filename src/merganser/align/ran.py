@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from merganser.align.activations import Batch
+from merganser.errors import ParameterError
 from merganser.symmetry.record import evaluating
 
 #: Layers that can be refitted.
@@ -35,6 +36,39 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
         Tensor, lambda x: x[start:stop] if x.ndim and len(x) == many else x, (tuple(batch[0]), dict(batch[1]))
     )
     return args, named
+
+
+def joined(batches: Sequence[Batch]) -> tuple[Batch, int]:
+    """All batches as one, and its number of examples: tensors end to end, everything else must be the same.
+
+    Raises:
+        ParameterError: If they hold no example, or do not fit together.
+    """
+    sizes = [examples(batch) for batch in batches]
+    if not sum(sizes):
+        raise ParameterError("there is no example to refit by", "give batches with tensors of some")
+
+    def together(values: Sequence[Any]) -> Any:
+        if all(isinstance(x, Tensor) and x.ndim and len(x) == n for x, n in zip(values, sizes, strict=True)):
+            return torch.cat(list(values)) if len(values) > 1 else values[0]
+        if all(_same(x, values[0]) for x in values):
+            return values[0]
+        raise ParameterError("batches differ in what is no tensor of examples", "give the same settings in all of them")
+
+    leaves, trees = zip(*(tree_flatten((tuple(args), dict(named))) for args, named in batches), strict=True)
+    if any(tree != trees[0] for tree in trees):
+        raise ParameterError("batches differ in which inputs they have", "give the same inputs in all of them")
+    try:
+        args, named = tree_unflatten([together(values) for values in zip(*leaves, strict=True)], trees[0])
+    except RuntimeError as error:
+        raise ParameterError(f"batches cannot be joined: {error}", "give inputs of one shape in all of them") from error
+    return (args, named), sum(sizes)
+
+
+def _same(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y))
+    return bool(x == y)
 
 
 @contextmanager

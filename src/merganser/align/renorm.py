@@ -13,13 +13,16 @@ Source: Jordan et al. 2022, arXiv:2211.08403, sections 3 and 4.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from merganser.align.activations import Batch
+from merganser.align.ran import joined, watching
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.symmetry.record import evaluating
 
@@ -65,6 +68,44 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
     return len(layers)
+
+
+@contextmanager
+def measuring(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode whose BatchNorm takes the statistics of what comes in, and normalises by these.
+
+    In a run in training mode it would normalise by other ones than it keeps, off by n / (n - 1). Where a norm runs
+    again, it has the mean of all runs' statistics.
+
+    Raises:
+        ParameterError: If there is one value of a unit.
+        NonFiniteError: If what comes in is not finite.
+    """
+
+    def entered(name: str, norm: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor]) -> None:
+        (x,) = args
+        if x.numel() < 2 * x.shape[1]:
+            raise ParameterError(f"the batches give {name} one value of each unit", "give more examples")
+        found = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1])
+        runs = norm.get_buffer("num_batches_tracked").add_(1)
+        for buffer, now in zip(("running_var", "running_mean"), found, strict=True):
+            if not bool(torch.isfinite(now).all()):
+                raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
+            norm.get_buffer(buffer).lerp_(now, 1 / int(runs))
+
+    with ExitStack() as stack, watching(network):
+        for name, norm in network.named_modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                norm.reset_running_stats()
+                stack.callback(norm.register_forward_pre_hook(partial(entered, name)).remove)
+        yield
+
+
+def measure_batch_norm(network: nn.Module, batches: Sequence[Batch]) -> None:
+    """Give BatchNorm the statistics of all batches, run at once; raises what `joined` and `measuring` do."""
+    args, kwargs = joined(batches)[0]
+    with measuring(network):
+        network(*args, **kwargs)
 
 
 #: Mean and standard deviation of every unit of a layer, each of shape (units,).

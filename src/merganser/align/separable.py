@@ -22,7 +22,7 @@ from merganser.align.layout import Side, Split, Splits, coefficients, layout, ta
 from merganser.align.wider import plan, rewidened
 from merganser.errors import MerganserError, ParameterError, ShapeError
 from merganser.symmetry import Spec, Symmetries
-from merganser.symmetry.checking import TOLERANCE, InDouble, _change, _double, _stirred
+from merganser.symmetry.checking import TOLERANCE, InDouble, change_of, doubled, stirred
 from merganser.symmetry.record import Output, copied, tensors_of
 
 
@@ -113,13 +113,13 @@ class _Trial:
             self.network = copy.deepcopy(network).double().eval()
         except (RuntimeError, TypeError) as error:
             raise ParameterError(f"the network cannot be copied: {error}") from error
-        self.args, self.kwargs = (tree_map_only(Tensor, _double, x) for x in (tuple(args), dict(kwargs or {})))
+        self.args, self.kwargs = (tree_map_only(Tensor, doubled, x) for x in (tuple(args), dict(kwargs or {})))
         generator = torch.Generator().manual_seed(seed)
         known: dict[int, Tensor] = {}
         own = self.network.state_dict(keep_vars=True)
         for x in own.values():
             if id(x) not in known:
-                known[id(x)] = _stirred(x.detach(), generator)
+                known[id(x)] = stirred(x.detach(), generator)
         wild = {number: _anything(x, generator) for number, x in known.items()}
         self.tensors = {name: known[id(x)] for name, x in own.items()}
         self.wild = {name: wild[id(x)] for name, x in own.items()}
@@ -218,7 +218,7 @@ class _Trial:
 def _largest(one: Sequence[Tensor], two: Sequence[Tensor]) -> float:
     if len(one) != len(two):
         return inf
-    return max(_change(x, y) for x, y in zip(one, two, strict=True))
+    return max(change_of(x, y) for x, y in zip(one, two, strict=True))
 
 
 def _anything(x: Tensor, generator: torch.Generator) -> Tensor:

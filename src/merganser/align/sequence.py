@@ -13,21 +13,21 @@ Source: the layer-wise targets of Nasery et al. 2024, arXiv:2407.02447 (PLeaS), 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from merganser.align.activations import Batch
 from merganser.align.autocorrelation import Windows
 from merganser.align.layout import Splits
 from merganser.align.match import Progress
-from merganser.align.ran import cut, examples, layers_run, watching
+from merganser.align.ran import cut, examples, joined, layers_run, watching
 from merganser.align.refit import Fit, Normal, Refitted, fit_of, solve
+from merganser.align.renorm import measuring
 from merganser.errors import NonFiniteError, ParameterError, ShapeError, and_more
 from merganser.noise import drawn
 from merganser.symmetry import Spec
@@ -133,77 +133,6 @@ def refit_in_sequence(
             stack.callback(hook.remove)
         merged(*whole[0], **whole[1])
     return work.done
-
-
-@contextmanager
-def measuring(network: nn.Module) -> Iterator[None]:
-    """A network in evaluation mode whose BatchNorm takes the statistics of what comes in, and normalises by these.
-
-    In a run in training mode it would normalise by other ones than it keeps, off by n / (n - 1). Where a norm runs
-    again, it has the mean of all runs' statistics.
-
-    Raises:
-        ParameterError: If there is one value of a unit.
-        NonFiniteError: If what comes in is not finite.
-    """
-
-    def entered(name: str, norm: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor]) -> None:
-        (x,) = args
-        if x.numel() < 2 * x.shape[1]:
-            raise ParameterError(f"the batches give {name} one value of each unit", "give more examples")
-        found = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1])
-        runs = norm.get_buffer("num_batches_tracked").add_(1)
-        for buffer, now in zip(("running_var", "running_mean"), found, strict=True):
-            if not bool(torch.isfinite(now).all()):
-                raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
-            norm.get_buffer(buffer).lerp_(now, 1 / int(runs))
-
-    with ExitStack() as stack, watching(network):
-        for name, norm in network.named_modules():
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
-                norm.reset_running_stats()
-                stack.callback(norm.register_forward_pre_hook(partial(entered, name)).remove)
-        yield
-
-
-def measure_batch_norm(network: nn.Module, batches: Sequence[Batch]) -> None:
-    """Give BatchNorm the statistics of all batches, run at once; raises what `joined` and `measuring` do."""
-    args, kwargs = joined(batches)[0]
-    with measuring(network):
-        network(*args, **kwargs)
-
-
-def joined(batches: Sequence[Batch]) -> tuple[Batch, int]:
-    """All batches as one, and its number of examples: tensors end to end, everything else must be the same.
-
-    Raises:
-        ParameterError: If they hold no example, or do not fit together.
-    """
-    sizes = [examples(batch) for batch in batches]
-    if not sum(sizes):
-        raise ParameterError("there is no example to refit by", "give batches with tensors of some")
-
-    def together(values: Sequence[Any]) -> Any:
-        if all(isinstance(x, Tensor) and x.ndim and len(x) == n for x, n in zip(values, sizes, strict=True)):
-            return torch.cat(list(values)) if len(values) > 1 else values[0]
-        if all(_same(x, values[0]) for x in values):
-            return values[0]
-        raise ParameterError("batches differ in what is no tensor of examples", "give the same settings in all of them")
-
-    leaves, trees = zip(*(tree_flatten((tuple(args), dict(named))) for args, named in batches), strict=True)
-    if any(tree != trees[0] for tree in trees):
-        raise ParameterError("batches differ in which inputs they have", "give the same inputs in all of them")
-    try:
-        args, named = tree_unflatten([together(values) for values in zip(*leaves, strict=True)], trees[0])
-    except RuntimeError as error:
-        raise ParameterError(f"batches cannot be joined: {error}", "give inputs of one shape in all of them") from error
-    return (args, named), sum(sizes)
-
-
-def _same(x: Any, y: Any) -> bool:
-    if isinstance(x, Tensor) or isinstance(y, Tensor):
-        return x is y or (isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y))
-    return bool(x == y)
 
 
 def apart_alike(network: nn.Module, batch: Batch, layers: Sequence[str]) -> bool:

@@ -146,7 +146,7 @@ def _replaced(it: Subject, where: int | str, x: Any) -> Batch:
 def _pictures(place: Path, side: int, count: int) -> list[Pixels]:
     """At most so many pictures, evenly over all in the order of their names."""
     from merganser.errors import RefError
-    from merganser.study.data import _decoder
+    from merganser.study.data import picture_decoder
 
     if not place.exists():
         raise RefError(f"{place} does not exist")
@@ -159,7 +159,7 @@ def _pictures(place: Path, side: int, count: int) -> list[Pixels]:
             found += [x for array in _arrays(path, side) for x in array]
     if not found:
         raise RefError(f"{place} holds no pictures", f"{', '.join(PICTURES)}, or arrays of uint8 in .npy or .npz")
-    decode = _decoder(side)
+    decode = picture_decoder(side)
     pictures = []
     for i in range(min(count, len(found))):
         item = found[i * len(found) // min(count, len(found))]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from merganser.align.activations import ActivationCosts, Shown, _chosen, _part, _units
+from merganser.align.activations import ActivationCosts, Shown, part_of, taps_by_group, units_of
 from merganser.align.costs import Moments, grown
 from merganser.align.match import match
 from merganser.align.renorm import reset_batch_norm
@@ -69,7 +69,7 @@ class NetworkAligner:
 
     def _costs(self, stays: Tensors, moves: Sequence[Tensors]) -> list[ActivationCosts]:
         spec = self.found.spec
-        chosen = _chosen(self.found, "last")
+        chosen = taps_by_group(self.found, "last")
         taps = {tap.number: tap for seen in chosen.values() for tap in seen}
         moments: list[dict[int, Moments]] = [{} for _ in moves]
         others = [copy.deepcopy(self._one) for _ in moves]
@@ -78,15 +78,15 @@ class NetworkAligner:
         self._load(self._one, stays)
         for batch in self._batches:
             mine = record_tensors(self._one, (batch,), {}, taps)
-            own = {number: _units(spec, tap, mine) for number, tap in taps.items()}
+            own = {number: units_of(spec, tap, mine) for number, tap in taps.items()}
             for network, summed in zip(others, moments, strict=True):
                 theirs = record_tensors(network, (batch,), {}, taps)
                 for number, tap in taps.items():
-                    summed[number] = grown(summed.get(number), own[number], _units(spec, tap, theirs))
+                    summed[number] = grown(summed.get(number), own[number], units_of(spec, tap, theirs))
         # a model that diverged correlates with nothing, and stays as it is
         shown = [{number: m.pearson().nan_to_num() for number, m in summed.items()} for summed in moments]
         return [
-            ActivationCosts(spec, {g: [Shown(_part(tap), seen[tap.number]) for tap in t] for g, t in chosen.items()})
+            ActivationCosts(spec, {g: [Shown(part_of(tap), seen[tap.number]) for tap in t] for g, t in chosen.items()})
             for seen in shown
         ]
 

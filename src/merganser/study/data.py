@@ -127,7 +127,7 @@ def _npz(path: Path, split: str) -> Read:
             if f"x_{split}" in file.files:
                 return _pictures(file[f"x_{split}"]), labels, classes
             data, offsets = file[f"bytes_{split}"].tobytes(), file[f"offsets_{split}"]
-        decode = _decoder()
+        decode = picture_decoder()
         items = [decode(data[a:b]) for a, b in pairwise(offsets)]
         return (np.stack(items) if items else np.empty((0, 1, 1, 3), np.uint8)), labels, classes
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
@@ -155,7 +155,8 @@ def _pictures(x: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.repeat(x[..., None], 3, axis=-1) if x.ndim == 3 else x
 
 
-def _decoder(size: int | None = None) -> Callable[[bytes], npt.NDArray[np.uint8]]:
+def picture_decoder(size: int | None = None) -> Callable[[bytes], npt.NDArray[np.uint8]]:
+    """What makes pixels of a file's bytes; a size crops to a square and resizes."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -246,7 +247,7 @@ def _folder(source: FolderSource, split: str, data: Path | None) -> Read:
     places = [place for place in (folder / source.train, folder / source.test) if place.is_dir()]
     classes = tuple(sorted({p.name for place in places for p in place.iterdir() if p.is_dir()}))
     files = [(i, p) for i, name in enumerate(classes) for p in _visible(root / name)]
-    decode = _decoder(source.size)
+    decode = picture_decoder(source.size)
     pictures = []
     for _, path in files:
         try:

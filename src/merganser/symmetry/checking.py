@@ -101,7 +101,7 @@ class _Judge:
     ) -> None:
         self.output = output
         self.network = _independent(network).double().eval()
-        self.args, self.kwargs = (tree_map_only(Tensor, _double, x) for x in (tuple(args), dict(kwargs or {})))
+        self.args, self.kwargs = (tree_map_only(Tensor, doubled, x) for x in (tuple(args), dict(kwargs or {})))
         generator = torch.Generator().manual_seed(seed)
         named = {
             **dict(self.network.named_parameters(remove_duplicate=False)),
@@ -110,14 +110,14 @@ class _Judge:
         known: dict[int, Tensor] = {}
         for x in named.values():
             if id(x) not in known:
-                known[id(x)] = _stirred(x.detach(), generator)
+                known[id(x)] = stirred(x.detach(), generator)
         self.tensors = {name: known[id(x)] for name, x in named.items()}
         self.reference = self._run(self.tensors)
 
     def change(self, spec: Spec, orders: Mapping[str, Tensor]) -> float:
         """Largest change of an output, relative to the largest output; infinite where numbers come or go."""
         moved = {n: spec.apply(orders, n, x) if n in spec.axes else x for n, x in self.tensors.items()}
-        return max(_change(one, two) for one, two in zip(self.reference, self._run(moved), strict=True))
+        return max(change_of(one, two) for one, two in zip(self.reference, self._run(moved), strict=True))
 
     def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         usual, wide = torch.get_default_dtype(), InDouble()  # type: ignore[no-untyped-call]
@@ -133,7 +133,8 @@ class _Judge:
         return tensors_of(result, self.output)
 
 
-def _change(one: Tensor, two: Tensor) -> float:
+def change_of(one: Tensor, two: Tensor) -> float:
+    """Largest difference of two tensors, as a share of the first one's largest entry."""
     if one.shape != two.shape or not one.numel():
         return 0.0 if one.shape == two.shape else inf
     if not (one.is_floating_point() or one.is_complex()):
@@ -148,11 +149,12 @@ def _change(one: Tensor, two: Tensor) -> float:
     return float((one - two)[finite].abs().max()) / max(float(one[finite].abs().max()), 1e-300)
 
 
-def _double(x: Tensor) -> Tensor:
+def doubled(x: Tensor) -> Tensor:
+    """In float64, where it is a floating one."""
     return x.double() if x.is_floating_point() else x
 
 
-def _stirred(x: Tensor, generator: torch.Generator) -> Tensor:
+def stirred(x: Tensor, generator: torch.Generator) -> Tensor:
     """Noise of a tenth of the tensor's size; variances and other positive tensors stay positive."""
     if not x.is_floating_point() or not x.numel():
         return x

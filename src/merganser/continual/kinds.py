@@ -37,7 +37,7 @@ Slots = dict[str, Tensor]
 #: Bytes that folding an m x n weight takes: an entry, an entry of the square of the short side, and one of the input
 #: side. Fitted to measured peaks (tests/continual/test_memory.py holds them to it).
 FOLD_BYTES = {
-    "opcm": (36, 40, 0),
+    "opcm": (40, 40, 0),
     "ties": (44, 0, 0),
     "magmax": (26, 0, 0),
     "dop": (128, 0, 0),

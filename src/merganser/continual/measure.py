@@ -31,51 +31,54 @@ class Reading:
     squares: list[float] = field(default_factory=list)
 
 
+def read_base(
+    base: Source, name: str, rows: tuple[int, int] | None, reading: Reading, *, float64: bool, device: str
+) -> Tensor:
+    """A tensor of the base, or some rows of it, in the type of the arithmetic.
+
+    Args:
+        base: the base.
+        name: of the tensor.
+        rows: [start, stop) of axis 0, in order of the calls; None for all.
+        reading: grows by what is read.
+        float64: whatever the file holds.
+        device: where the result is.
+    """
+    stored = base.read(name, rows)
+    reading.hash.update(raw_bytes(stored))
+    old = stored.to(device, compute_dtype(stored.dtype, float64=float64))
+    reading.squares.append(sum_of_squares(old))
+    return old
+
+
 def change(
-    base: Source,
     expert: Source,
-    name: str,
     stored: str,
     rows: tuple[int, int] | None,
-    base_reading: Reading | None,
+    old: Tensor,
     reading: Reading,
     *,
-    float64: bool,
-    device: str,
+    name: str,
     allow_nonfinite: bool,
 ) -> Tensor:
     """Expert minus base: a whole tensor, or some rows of it.
 
     Args:
-        base: the base.
         expert: the expert.
-        name: of the tensor in the base.
-        stored: its name in the expert.
+        stored: name of the tensor there.
         rows: [start, stop) of axis 0, in order of the calls; None for all.
-        base_reading: grows by what is read of the base; None where that was seen before.
+        old: the same of the base, by `read_base`; float64 where the arithmetic is to be.
         reading: grows by what is read of the expert; its squares are the change's.
-        float64: whatever the files hold.
-        device: where the result is.
+        name: of the tensor in the base.
         allow_nonfinite: count NaN and infinity as no change.
 
     Raises:
         NonFiniteError: If the expert holds NaN or infinity there, and that is not allowed.
     """
-    old = base.read(name, rows)
-    if base_reading is not None:
-        base_reading.hash.update(raw_bytes(old))
-    dtype = compute_dtype(old.dtype, float64=float64)
-    d_old = old.to(device, dtype)
-    del old
     new = expert.read(stored, rows)
     reading.hash.update(raw_bytes(new))
-    dtype = compute_dtype(new.dtype, float64=float64 or dtype == torch.float64)
-    d = new.to(device, dtype, copy=True)
+    d = torch.sub(new.to(old.device, compute_dtype(new.dtype, float64=old.dtype == torch.float64)), old)
     del new
-    if base_reading is not None:
-        base_reading.squares.append(sum_of_squares(d_old))
-    d -= d_old
-    del d_old
     square = sum_of_squares(d)
     if not (square < float("inf") or bool(torch.isfinite(d).all())):
         if not allow_nonfinite:

@@ -21,7 +21,7 @@ from merganser.checkpoints.views import widened
 from merganser.checkpoints.writer import CheckpointWriter
 from merganser.continual.kinds import Kind, Slots
 from merganser.continual.ledger import BaseRecord, Contributor, Ledger
-from merganser.continual.measure import Reading, change, equal, model_digest, norm, tensor_digest
+from merganser.continual.measure import Reading, change, equal, model_digest, norm, read_base, tensor_digest
 from merganser.continual.pairing import pair, untied
 from merganser.continual.roles import Role, is_matrix
 from merganser.continual.state import CheckedSums, next_generation, open_sums
@@ -211,23 +211,21 @@ class Pass:
         shape, squares = self.base.infos[name].shape, []
         slots = self.kind.slot_shapes(role, shape)
         whole = not self.kind.chunked(role, shape)
+        known = any(name in a.found for a in self.arrivals)
         for start, stop in [(0, 1)] if whole else chunks(shape):
             rows = None if whole or not shape else (start, stop)
             state = {s: sums.read(f"{s}/{name}", rows).to(self.device) for s in slots} if sums is not None else {}
-            first_with_it = True
+            old = self._base(name, rows, base) if known else None  # read once, for all of them
             for arrival, reading in zip(self.arrivals, readings, strict=True):
-                if name in arrival.found:
-                    d = self._change(arrival, name, rows, base if first_with_it else None, reading)
-                    first_with_it = False
-                else:
-                    d = self._no_change(name, rows)
+                d = self._change(arrival, name, rows, old, reading)
                 state = self._updated(name, role, state, self.kind.seen(role, shape, d), arrival)
                 del d
+            del old
             if "d" in state:
                 squares.append(sum_of_squares(state["d"]))
             for slot in slots:
                 writer.put(f"{slot}/{name}", state.pop(slot), start)
-        if any(name in a.found for a in self.arrivals) and base.hash.hexdigest() != self.record.tensors[name]:
+        if known and base.hash.hexdigest() != self.record.tensors[name]:
             raise StateError(
                 f"{name} of the base {self.base.ref} has changed since init", "put the original base back, or init anew"
             )
@@ -242,24 +240,21 @@ class Pass:
             raise ParameterError(f"{name}: {error.message}", error.hint) from error
         return {slot: narrowed(x, self.ledger.sums_dtype, f"{slot}/{name}") for slot, x in new.items()}
 
+    def _base(self, name: str, rows: tuple[int, int] | None, reading: Reading) -> Tensor:
+        return read_base(self.base, name, rows, reading, float64=self.ledger.float64, device=self.device)
+
     def _change(
-        self,
-        arrival: Arrival,
-        name: str,
-        rows: tuple[int, int] | None,
-        base_reading: Reading | None,
-        reading: Reading,
+        self, arrival: Arrival, name: str, rows: tuple[int, int] | None, old: Tensor | None, reading: Reading
     ) -> Tensor:
+        if old is None or name not in arrival.found:
+            return self._no_change(name, rows)
         return change(
-            self.base,
             arrival.expert,
-            name,
             arrival.found[name],
             rows,
-            base_reading,
+            old,
             reading,
-            float64=self.ledger.float64,
-            device=self.device,
+            name=name,
             allow_nonfinite=arrival.allow_nonfinite,
         )
 

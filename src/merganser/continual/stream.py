@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -103,6 +103,8 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
             return None
         try:
             result = job.run()
+            if job.peak_bytes > KEPT_BLOCK:
+                give_memory_back()
         except BaseException:
             stop.set()
             raise
@@ -112,7 +114,7 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
                 progress(done, total)
         return result
 
-    _give_memory_back()
+    give_memory_back = _allocator()
     order = sorted(jobs, key=lambda job: (-job.peak_bytes, job.name))
     with _single_threaded_algebra(), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
         futures = {job.name: pool.submit(work, job) for job in order}
@@ -125,17 +127,25 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
 
 # Large tensors in huge pages: less time in page faults. torch reads this once, before its first large allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+#: Within a job, freed blocks up to this many bytes are kept for the next ones of the same size.
+KEPT_BLOCK = 3 << 20
 
 
-def _give_memory_back() -> None:
-    """Have large blocks returned to the system when they are freed; glibc would keep ever larger ones for reuse.
+def _allocator() -> Callable[[], object]:
+    """Set up glibc's memory, which would keep ever larger blocks, in twice the room that the jobs need.
 
-    Makes the peak what the jobs need, instead of twice that.
+    Larger blocks go back to the system when they are freed.
+
+    Returns:
+        Gives back what was kept, for the end of a job.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        mmap_threshold = -3
-        libc.mallopt(mmap_threshold, 1 << 20)
+    if not hasattr(libc, "mallopt"):
+        return lambda: None
+    trim_threshold, mmap_threshold = -1, -3
+    libc.mallopt(mmap_threshold, KEPT_BLOCK)
+    libc.mallopt(trim_threshold, 1 << 30)
+    return partial(libc.malloc_trim, 0)
 
 
 def _one_thread() -> None:
@@ -144,7 +154,8 @@ def _one_thread() -> None:
 
 @cache
 def _thread_pools() -> Any:
-    """Of numpy's linear algebra; looked for once, since an interrupt while it is looked for would be lost."""
+    """Of numpy's and scipy's linear algebra; looked for once: an interrupt while they are looked for would be lost."""
+    import scipy.linalg.lapack  # noqa: F401  # only what is loaded is found
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

@@ -53,8 +53,8 @@ def opcm(
         raise ParameterError(f"alpha is {alpha}; it is a share of the nuclear norm, in [0, 1]")
     if diagonal not in ("drop", "keep"):
         raise ParameterError(f'diagonal is {diagonal!r}; it is "drop" or "keep"')
-    if merged.numel() == 0:
-        return d.clone()
+    if not merged.any():  # nothing merged so far
+        return d + merged
     if merged.shape[0] > merged.shape[1]:
         tall: Tensor = opcm(merged.T, d.T, alpha=alpha, diagonal=diagonal)
         return tall.T.contiguous()
@@ -77,8 +77,6 @@ def opcm(
         Vh[strong:] = product(exact[:, strong:rank].T, wide)
         del wide, exact
         Vh /= s[:rank, None].to(d.dtype)
-    if rank == 0:  # nothing merged so far
-        return d + merged
     kept = product(d, Vh[:rank].T)  # d V; from here on, in place, U E
     _keep_entries(kept, U[:, :rank], k, diagonal)
     used = rank if diagonal == "drop" else k

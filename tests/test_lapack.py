@@ -1,0 +1,65 @@
+"""Symmetric eigenproblems in place: against numpy, and by what eigenvectors are."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from merganser import lapack
+
+
+def symmetric(n: int, rank: int | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, n if rank is None else rank, generator=generator, dtype=torch.float64)
+    return x @ x.T - 0.3 * torch.eye(n, dtype=torch.float64)
+
+
+@pytest.fixture(params=["lapack", "numpy"])
+def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of solving: where scipy's LAPACK has other integers, it is numpy's."""
+    if request.param == "numpy":
+        monkeypatch.setattr(lapack, "_dsyevd", lambda: None)
+    else:
+        assert lapack._dsyevd() is not None  # in the constrained environment of the tests, the fast way is there
+
+
+@pytest.mark.usefixtures("solver")
+@pytest.mark.parametrize(("n", "rank"), [(0, None), (1, None), (2, None), (31, None), (150, None), (64, 3)])
+def test_values_and_vectors(n: int, rank: int | None) -> None:
+    g = symmetric(n, rank)
+    expected = np.linalg.eigvalsh(g.numpy())
+    rows = g.clone()
+    values = lapack.eigen_in_place(rows)
+    scale = max(1.0, float(np.abs(expected).max(initial=0)))
+    np.testing.assert_allclose(values.numpy(), expected, atol=1e-13 * n * scale, rtol=0)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(rows.T * values @ rows, g, atol=1e-13 * max(1, n) * scale, rtol=0)
+
+
+@pytest.mark.usefixtures("solver")
+def test_nan_is_an_error_or_nan() -> None:
+    g = torch.full((4, 4), float("nan"), dtype=torch.float64)
+    try:
+        values = lapack.eigen_in_place(g)
+    except np.linalg.LinAlgError:
+        return
+    assert values.isnan().all()
+
+
+def test_two_at_once_give_the_bits_of_one() -> None:
+    matrices = [symmetric(n) for n in (60, 200, 60, 200, 150, 31)]
+
+    def solved(g: Tensor) -> tuple[Tensor, Tensor]:
+        rows = g.clone()
+        return lapack.eigen_in_place(rows), rows
+
+    alone = [solved(g) for g in matrices]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(solved, matrices * 5))
+    for one, other in zip(alone * 5, together, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])

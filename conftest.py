@@ -1,8 +1,12 @@
 """What all tests share; helpers stand in `tests/`. Pages of documentation are run beside the models they speak of."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of numpy's algebra, and of the processes that tests start
+
 import torch
 from hypothesis import settings
 

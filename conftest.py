@@ -12,8 +12,9 @@ from hypothesis import settings
 
 from command_line import run
 from documented import make_models
+from shop import shop
 
-__all__ = ["run"]
+__all__ = ["run", "shop"]
 
 settings.register_profile("merganser", derandomize=True, database=None, deadline=None)
 settings.load_profile("merganser")

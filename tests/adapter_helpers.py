@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import peft
@@ -13,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from merganser.merging.native import read_recipes
+from merganser.merging.run import plan_any, run
 from merganser.numerics import DTYPE_NAMES
 from merganser.types import TensorInfo
 
@@ -97,3 +101,54 @@ def pair(module: str, out: int, inside: int, rank: int = 2) -> dict[str, Tensor]
     a = torch.arange(1, rank * inside + 1, dtype=torch.float32).reshape(rank, inside)
     b = torch.arange(1, out * rank + 1, dtype=torch.float32).reshape(out, rank)
     return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+def merge(folder: Path, text: str, *, threads: int = 1) -> dict[str, Any]:
+    """Run a recipe that stands beside the models, to `out`; return its receipt."""
+    (folder / "recipe.yaml").write_text(dedent(text), "utf-8")
+    recipes, _ = read_recipes(folder / "recipe.yaml")
+    run(plan_any(recipes), folder / "out", threads=threads, overwrite=True)
+    return json.loads((folder / "out" / "merganser.json").read_text("utf-8"))
+
+
+def two(folder: Path, **settings: Any) -> None:
+    """Two adapters of one layer, the second with some settings of its own."""
+    written(folder / "a0", pair("q", 6, 5), target_modules=["q"], base_model_name_or_path="org/base")
+    given = {"target_modules": ["q"], "base_model_name_or_path": "org/base", **settings}
+    written(folder / "a1", pair("q", 6, 5), **given)
+
+
+LINEAR = "method: linear\nmodels: [a0, a1]\nadapter: {rank: 2}\n"
+
+
+def train(model: nn.Module, folder: Path, seed: int, **settings: Any) -> dict[str, Tensor]:
+    """A random adapter of a model, as peft saves it; what peft merges both to."""
+    ours = [
+        "lora_",
+        "modules_to_save",
+        {"all": ".bias", "lora_only": "base_layer.bias"}.get(settings.get("bias"), "lora_"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
+        randomise(adapted, seed, lambda name: any(part in name for part in ours))
+        adapted.save_pretrained(folder)
+        merged = adapted.merge_and_unload().state_dict()
+    return {name: x.detach().clone() for name, x in merged.items()}
+
+
+def loaded(model: nn.Module, folder: Path) -> nn.Module:
+    """What peft makes of a model and an adapter folder; a tensor that it cannot place is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+
+
+def combined(base: nn.Module, models: list[dict[str, Tensor]], factors: list[float]) -> dict[str, Tensor]:
+    """Base + sum of the factors times the changes, in float64."""
+    found = {}
+    for name, old in base.state_dict().items():
+        changes = [f * (m[name].double() - old.double()) for m, f in zip(models, factors, strict=True)]
+        found[name] = old.double() + sum(changes)
+    return found

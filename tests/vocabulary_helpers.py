@@ -111,3 +111,18 @@ def auto(folder: Path) -> Any:
 
 def ids_of(folder: Path, text: str) -> list[int]:
     return list(auto(folder)(text, add_special_tokens=False)["input_ids"])
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def family_at(folder: Path) -> dict[str, Path]:
+    """The base (64), two more tokens and other ids (66), four rows that no token has (64 + 4), an added token."""
+    return {
+        "base": save_model(folder / "base", bpe(), embeddings(0, 64)),
+        "more": save_model(folder / "more", bpe((*MERGES, *MORE), turned=5), embeddings(1, 66)),
+        "wide": save_model(folder / "wide", bpe(turned=3), embeddings(2, 68)),
+        "chat": save_model(
+            folder / "chat", bpe(added=[AddedToken("<|end|>", special=True, normalized=False)]), embeddings(3, 65)
+        ),
+    }

@@ -5,78 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from merganser.cli import main
 from merganser.continual import Fold
-from merganser.continual.ledger import read_ledger
 from merganser.errors import (
-    DtypeError,
-    ExtraTensorError,
-    MerganserError,
-    MissingTensorError,
     NonFiniteError,
     OutputError,
     ParameterError,
     RefError,
-    ShapeError,
     StateError,
 )
-from support import Model, load, load_sums, make_base, save, save_family, tree, tune
-
-
-class Shop:
-    """A base, four experts and a state that the first two are in."""
-
-    def __init__(self, root: Path, method: str = "gram") -> None:
-        self.root = root
-        self.base, *self.experts = save_family(root / "models", 4)
-        self.fold = Fold.init(self.base, root / "state", method)
-        for expert in self.experts[:2]:
-            self.fold.add(expert)
-        self.state = self.fold.path
-
-    def variant(self, name: str, edit: Callable[[Model], object], source: int = 2) -> Path:
-        """A copy of an expert with something changed."""
-        model = load(self.experts[source])
-        edit(model)
-        return save(model, self.root / name)
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        before = tree(self.root)
-        yield
-        assert tree(self.root) == before
-
-
-@pytest.fixture
-def shop(tmp_path: Path) -> Shop:
-    return Shop(tmp_path)
-
-
-@contextmanager
-def refused(kind: type[MerganserError], message: str, hint: str | None = None) -> Iterator[None]:
-    """The error is of exactly this kind, and its message and hint hold these parts."""
-    with pytest.raises(kind) as caught:
-        yield
-    assert type(caught.value) is kind
-    assert message in caught.value.message
-    assert (hint is None) == (caught.value.hint is None), caught.value.hint
-    assert hint is None or hint in str(caught.value.hint)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
-    """Exit code of the command line."""
-    monkeypatch.setattr("sys.argv", ["merganser", *map(str, argv)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
-
+from shop import Shop, command, refused
+from support import load, make_base, save, save_family, tree
 
 # Who is in.
 
@@ -209,180 +153,6 @@ def test_base_that_moved_is_found_again_with_base(shop: Shop) -> None:
     shop.fold.remove("expert-01", base=moved)
     shop.fold.export(shop.root / "out", base=moved)
     assert all(f.status == "ok" for f in shop.fold.verify(base=moved))
-
-
-# Tensors that do not fit.
-
-
-def edit(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Model], object]:
-    def apply(model: Model) -> None:
-        model[name] = change(model[name])
-
-    return apply
-
-
-BAD_TENSORS: dict[str, tuple[Callable[[Model], object], type[MerganserError], str, str]] = {
-    "missing": (
-        lambda m: m.pop("wide.bias"),
-        MissingTensorError,
-        "wide.bias is in the base and not in",
-        "--ignore 'wide.bias'",
-    ),
-    "two missing": (
-        lambda m: (m.pop("wide.bias"), m.pop("tall.weight")),
-        MissingTensorError,
-        "tall.weight (and 1 more) is in the base and not in",
-        "--ignore",
-    ),
-    "renamed": (
-        lambda m: [m.update({f"model.{n}": m.pop(n)}) for n in list(m)],
-        MissingTensorError,
-        "(and",
-        "the names fit with --rename 'model.='",
-    ),
-    "extra": (
-        lambda m: m.update({"head.weight": torch.ones(2, 2)}),
-        ExtraTensorError,
-        "head.weight is in",
-        "leave it out with --ignore 'head.weight'",
-    ),
-    "shape": (
-        edit("wide.weight", lambda x: x[:, :-1].contiguous()),
-        ShapeError,
-        "wide.weight has 2 shapes: (6, 20) in",
-        "--ignore 'wide.weight'",
-    ),
-    "transposed": (
-        edit("wide.weight", lambda x: x.T.contiguous()),
-        ShapeError,
-        "; (20, 6) in",
-        "--ignore 'wide.weight'",
-    ),
-    "integers": (
-        edit("position_ids", lambda x: x + 1),
-        DtypeError,
-        "position_ids is I64 and differs between",
-        "--ignore 'position_ids'",
-    ),
-    "quantised": (
-        edit("wide.weight", lambda x: (x * 50).to(torch.int8)),
-        DtypeError,
-        "wide.weight is F32 in",
-        "must be dequantised first",
-    ),
-    "NaN": (
-        edit("conv.weight", lambda x: x.index_fill(0, torch.tensor(2), float("nan"))),
-        NonFiniteError,
-        "conv.weight of",
-        "--allow-nonfinite",
-    ),
-    "infinity": (
-        edit("norm.weight", lambda x: x.index_fill(0, torch.tensor(2), float("-inf"))),
-        NonFiniteError,
-        "holds NaN or infinity",
-        "--allow-nonfinite",
-    ),
-}
-
-
-@pytest.mark.parametrize("problem", BAD_TENSORS)
-def test_expert_with_a_bad_tensor_is_refused_by_name(shop: Shop, problem: str) -> None:
-    change, kind, message, hint = BAD_TENSORS[problem]
-    expert = shop.variant("expert-bad", change)
-    with shop.untouched(), refused(kind, message, hint) as _:
-        shop.fold.add(expert)
-    with pytest.raises(kind, match="expert-bad"):
-        shop.fold.add(expert)
-
-
-@pytest.mark.parametrize("problem", BAD_TENSORS)
-def test_bad_tensor_ends_the_command_with_exit_code_2(
-    shop: Shop, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    change, kind, message, hint = BAD_TENSORS[problem]
-    expert = shop.variant("expert-bad", change)
-    with shop.untouched():
-        assert command(monkeypatch, "fold", "add", shop.state, expert) == 2
-    stderr = capsys.readouterr().err
-    assert stderr.startswith(f"{kind.__name__}: ")
-    assert message in stderr
-    assert "\nhint: " in stderr
-    assert hint in stderr
-
-
-def test_nonfinite_entries_count_as_unchanged_where_that_is_allowed(shop: Shop) -> None:
-    base = load(shop.base)
-
-    def poison(model: Model) -> None:
-        model["conv.weight"][1, 2] = float("nan")
-        model["norm.weight"][3] = float("inf")
-
-    def heal(model: Model) -> None:
-        model["conv.weight"][1, 2] = base["conv.weight"][1, 2]
-        model["norm.weight"][3] = base["norm.weight"][3]
-
-    states = []
-    for name, change in (("poisoned", poison), ("healed", heal)):
-        fold = Fold.init(shop.base, shop.root / f"state-{name}", "gram")
-        entry = fold.add(shop.variant(name, change), allow_nonfinite=True)
-        states.append((load_sums(fold.path), entry.norm))
-        fold.remove(name)
-        assert fold.ledger.contributors == ()
-    assert states[0][1] == states[1][1]
-    assert all(torch.equal(x, states[1][0][slot]) for slot, x in states[0][0].items())
-
-
-def test_ignored_tensors_count_as_unchanged_and_extra_ones_are_skipped(shop: Shop) -> None:
-    def spoil(model: Model) -> None:
-        model["wide.weight"] = torch.ones(3, 3)
-        model["head.weight"] = torch.ones(3, 3)
-        del model["tall.weight"]
-
-    expert = shop.variant("spoiled", spoil)
-    fold = Fold.init(shop.base, shop.root / "mean", "mean")
-    entry = fold.add(expert, ignore=["wide.weight", "head.*", "tall.weight"])
-    assert entry.ignore == ("wide.weight", "head.*", "tall.weight")
-    sums = load_sums(fold.path)
-    assert not sums["s/wide.weight"].any()
-    assert not sums["s/tall.weight"].any()
-    assert sums["s/wide.bias"].any()
-    fold.remove("spoiled")
-    assert fold.ledger.contributors == ()
-
-
-def test_pattern_that_matches_nothing_is_refused(shop: Shop) -> None:
-    with shop.untouched(), refused(ParameterError, "is called 'wide.wieght'"):
-        shop.fold.add(shop.experts[2], ignore=["wide.wieght"])
-    for option in ("freeze", "matrix", "vector"):
-        with shop.untouched(), refused(ParameterError, "is called 'haed.*'", "patterns are shell-like"):
-            Fold.init(shop.base, shop.root / "new", "gram", **{option: ["haed.*"]})
-
-
-def test_renaming_that_fits_nothing_is_refused(shop: Shop) -> None:
-    with shop.untouched(), refused(ParameterError, "no tensor's name starts with 'module.'"):
-        shop.fold.add(shop.experts[2], rename=["module.="])
-    with shop.untouched(), refused(ParameterError, "renaming is 'module.'; it is written OLD=NEW"):
-        shop.fold.add(shop.experts[2], rename=["module."])
-
-
-def test_renamed_expert_is_the_same_expert(shop: Shop) -> None:
-    prefixed = shop.variant("expert-03-prefixed", lambda m: [m.update({f"model.{n}": m.pop(n)}) for n in list(m)])
-    entry = shop.fold.add(prefixed, rename=["model.="])
-    other = Fold.init(shop.base, shop.root / "other", "gram")
-    assert other.add(shop.experts[2]).digest == entry.digest
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_quantised_base_is_refused_by_name_unless_the_tensor_is_frozen(tmp_path: Path, dtype: torch.dtype) -> None:
-    base = make_base() | {"packed.weight": torch.ones(4, 4).to(dtype)}
-    folder = save(base, tmp_path / "base")
-    with refused(DtypeError, "packed.weight of", "dequantise the model, or freeze it"):
-        Fold.init(folder, tmp_path / "state", "gram")
-    assert [p.name for p in tmp_path.iterdir()] == ["base"]
-    fold = Fold.init(folder, tmp_path / "state", "gram", freeze=["packed.*"])
-    fold.add(save(tune(make_base(), 1) | {"packed.weight": base["packed.weight"]}, tmp_path / "expert"))
-    merged = load(fold.export(tmp_path / "out"))
-    assert torch.equal(merged["packed.weight"].view(torch.uint8), base["packed.weight"].view(torch.uint8))
 
 
 # Settings and weights.
@@ -533,99 +303,6 @@ def test_folder_that_is_no_state_is_refused(shop: Shop) -> None:
         shop.fold.add(shop.state)
     with shop.untouched(), refused(RefError, "is a fold's state, not a checkpoint", "fold export"):
         Fold.init(shop.state, shop.root / "new")
-
-
-def flip(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte[0] ^ 1]))
-
-
-def sums_file(shop: Shop) -> Path:
-    sums = read_ledger(shop.state).sums
-    assert sums is not None
-    return shop.state / sums / "sums.safetensors"
-
-
-@pytest.mark.parametrize("slot", ["s/wide.bias", "g/square.weight", "b/conv.weight"])
-def test_verify_names_the_damaged_sum_and_exits_with_1(
-    shop: Shop, slot: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = sums_file(shop)
-    content = path.read_bytes()
-    header_bytes = int.from_bytes(content[:8], "little")
-    begin, _ = json.loads(content[8 : 8 + header_bytes])[slot]["data_offsets"]
-    assert command(monkeypatch, "fold", "verify", shop.state) == 0
-    flip(path, 8 + header_bytes + begin + 3)
-    capsys.readouterr()
-    with shop.untouched():
-        assert command(monkeypatch, "fold", "verify", shop.state) == 1
-    assert re.search(rf"changed +sums +{re.escape(slot)}\n", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "gone", "no folder", "no receipt"])
-def test_verify_finds_sums_that_cannot_be_read(shop: Shop, damage: str) -> None:
-    path = sums_file(shop)
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-8])
-    elif damage == "gone":
-        path.unlink()
-    elif damage == "no folder":
-        shutil.rmtree(path.parent)
-    else:
-        (path.parent / "merganser.json").unlink()
-    with shop.untouched():
-        findings = {f.part: f for f in shop.fold.verify()}
-    assert (findings["sums"].status, findings["sums"].needed) == ("changed", True)
-    assert findings["base"].status == findings["expert-01"].status == "ok"
-    if damage != "no receipt":
-        with shop.untouched(), pytest.raises(MerganserError):
-            shop.fold.add(shop.experts[2])
-
-
-def test_verify_tells_a_changed_base_from_changed_and_missing_experts(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.rmtree(shop.experts[0])
-    flip(shop.experts[1] / "model.safetensors", (shop.experts[1] / "model.safetensors").stat().st_size - 5)
-    found = {f.part: (f.status, f.needed) for f in shop.fold.verify()}
-    assert found == {
-        "base": ("ok", True),
-        "sums": ("ok", True),
-        "expert-01": ("missing", False),
-        "expert-02": ("changed", False),
-    }
-    assert command(monkeypatch, "fold", "verify", shop.state) == 0
-    flip(shop.base / "model.safetensors", (shop.base / "model.safetensors").stat().st_size - 5)
-    assert command(monkeypatch, "fold", "verify", shop.state) == 1
-    changed = next(f for f in shop.fold.verify() if f.part == "base")
-    assert changed.status == "changed"
-    assert changed.detail in load(shop.base)
-
-
-# Combining.
-
-
-def test_states_that_do_not_add_up_are_refused(shop: Shop) -> None:
-    def state(name: str, method: str = "gram", base: Path = shop.base, **options: object) -> Path:
-        return Fold.init(base, shop.root / name, method, **options).path
-
-    stranger = save(make_base(7), shop.root / "stranger")
-    cases: list[tuple[list[Path], type[MerganserError], str, str | None]] = [
-        ([shop.state], ParameterError, "1 state given; combining needs at least 2", None),
-        ([state("one", base=stranger), shop.state], StateError, "stand on different bases", None),
-        ([shop.state, state("two", "mean")], StateError, "differ in method: gram, mean", None),
-        ([shop.state, state("three", sums_dtype="F32")], StateError, "differ in sums_dtype: F64, F32", None),
-        ([shop.state, state("four", vector=["wide.*"])], StateError, "treat tensors differently", "same patterns"),
-        ([shop.state, state("five", float64=True)], StateError, "differ in float64", None),
-        ([state("six", "opcm"), state("seven", "opcm")], StateError, "opcm is sequential", "method of sums"),
-        ([shop.state, shop.state], StateError, "expert-01 is in", "remove it from one of them"),
-    ]
-    for states, kind, message, hint in cases:
-        with shop.untouched(), refused(kind, message, hint):
-            Fold.combine(states, shop.root / "both")
 
 
 # Every error of the command line: exit code 2, one line of what, one of what to do, and no traceback.

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapter_helpers import pair, randomise, written
-from command_line import run as run_words
-from merganser.errors import AdapterError, MerganserError, NonFiniteError, ParameterError, RefError, ShapeError
+from adapter_helpers import combined, loaded, merge, pair, randomise, train, written
+from merganser.errors import AdapterError
 from merganser.merging.adapter_out import config_of
 from merganser.merging.lookup import merge_names, rules_of
 from merganser.merging.native import read_recipes
-from merganser.merging.run import plan_any, plan_recipes, run
-from recipe_support import refused
+from merganser.merging.run import plan_any, run
 
-run_command = run_words
 HERE = Path(__file__).parent
 
 
@@ -70,43 +60,11 @@ def net(tmp_path: Path) -> Net:
     return made
 
 
-def train(model: nn.Module, folder: Path, seed: int, **settings: Any) -> dict[str, Tensor]:
-    """A random adapter of a model, as peft saves it; what peft merges both to."""
-    ours = [
-        "lora_",
-        "modules_to_save",
-        {"all": ".bias", "lora_only": "base_layer.bias"}.get(settings.get("bias"), "lora_"),
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
-        randomise(adapted, seed, lambda name: any(part in name for part in ours))
-        adapted.save_pretrained(folder)
-        merged = adapted.merge_and_unload().state_dict()
-    return {name: x.detach().clone() for name, x in merged.items()}
-
-
-def loaded(model: nn.Module, folder: Path) -> nn.Module:
-    """What peft makes of a model and an adapter folder; a tensor that it cannot place is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
-        return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
-
-
 def applied(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     found = loaded(model, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return found.merge_and_unload().state_dict()
-
-
-def merge(folder: Path, text: str, *, threads: int = 1) -> dict[str, Any]:
-    """Run a recipe that stands beside the models, to `out`; return its receipt."""
-    (folder / "recipe.yaml").write_text(dedent(text), "utf-8")
-    recipes, _ = read_recipes(folder / "recipe.yaml")
-    run(plan_any(recipes), folder / "out", threads=threads, overwrite=True)
-    return json.loads((folder / "out" / "merganser.json").read_text("utf-8"))
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-6) -> None:
@@ -115,15 +73,6 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1
         torch.testing.assert_close(
             found[name].double(), x.double(), rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-def combined(base: nn.Module, models: list[dict[str, Tensor]], factors: list[float]) -> dict[str, Tensor]:
-    """Base + sum of the factors times the changes, in float64."""
-    found = {}
-    for name, old in base.state_dict().items():
-        changes = [f * (m[name].double() - old.double()) for m, f in zip(models, factors, strict=True)]
-        found[name] = old.double() + sum(changes)
-    return found
 
 
 #: Adapters with unequal ranks, scalings of every kind, and modules that not all of them change.
@@ -355,263 +304,3 @@ def test_dense_merge_of_adapters_on_a_base_still_works(net: Net, tmp_path: Path)
     in_core = applied(net, tmp_path / "out")
     merge(tmp_path, "method: task_arithmetic\nbase: base\nmodels: [base+a0, base+a1]\n")
     close(load_file(tmp_path / "out" / "model.safetensors"), in_core, 2e-6)
-
-
-@pytest.mark.parametrize(("family", "based"), [("llama", True), ("gpt2", True), ("gpt2", False)])
-def test_transformers_model_gives_the_logits_of_the_dense_merge(family: str, based: bool, tmp_path: Path) -> None:
-    import transformers
-
-    torch.manual_seed(0)
-    if family == "llama":
-        config: Any = transformers.LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
-        )
-        targets = [["q_proj", "down_proj"], ["q_proj", "v_proj", "embed_tokens"]]
-    else:
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)
-        targets = [["c_attn", "c_proj"], ["c_attn", "c_fc"]]
-    base = transformers.AutoModelForCausalLM.from_config(config).eval()
-    base.save_pretrained(tmp_path / "base")
-    ids = torch.arange(20).reshape(2, 10)
-    models = [
-        train(base, tmp_path / f"a{i}", i + 1, r=3 + i, target_modules=t, task_type="CAUSAL_LM", lora_alpha=1.0)
-        for i, t in enumerate(targets)
-    ]
-    line = "base: base\n" if based else ""
-    merge(tmp_path, f"method: linear\n{line}models: [a0, a1]\nadapter: {{rank: keep}}\n")
-    expected = copy.deepcopy(base)
-    expected.load_state_dict({n: x.float() for n, x in combined(base, models, [0.5, 0.5]).items()})
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if based:
-            found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-        else:
-            found = loaded(base, tmp_path / "out").eval()
-        torch.testing.assert_close(found(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_adapters_come_from_the_hub_and_from_torch_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two(tmp_path)
-    held = load_file(tmp_path / "a1" / "adapter_model.safetensors")
-    torch.save(held, tmp_path / "a1" / "adapter_model.bin")
-    (tmp_path / "a1" / "adapter_model.safetensors").unlink()
-    asked = []
-
-    def snapshot(*words: str | None) -> Path:
-        asked.append(words)
-        return tmp_path / "a1"
-
-    monkeypatch.setattr("merganser.checkpoints.hub.snapshot", snapshot)
-    merge(tmp_path, "method: linear\nmodels: [a0, 'hf:org/code@main', org/maths]\nadapter: {rank: 2}\n")
-    assert asked == [("org/code", "main"), ("org/maths", None)]
-    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    a, b = (found[f"base_model.model.q.lora_{x}.weight"] for x in "AB")
-    expected = held["base_model.model.q.lora_B.weight"] @ held["base_model.model.q.lora_A.weight"]
-    torch.testing.assert_close(b @ a, expected)
-
-
-# what is refused
-
-
-def two(folder: Path, **settings: Any) -> None:
-    """Two adapters of one layer, the second with some settings of its own."""
-    written(folder / "a0", pair("q", 6, 5), target_modules=["q"], base_model_name_or_path="org/base")
-    given = {"target_modules": ["q"], "base_model_name_or_path": "org/base", **settings}
-    written(folder / "a1", pair("q", 6, 5), **given)
-
-
-def error_of(folder: Path, text: str, kind: type[MerganserError] = AdapterError) -> str:
-    with pytest.raises(kind) as caught:
-        merge(folder, text)
-    assert not (folder / "out").exists()
-    return str(caught.value).replace(f"{folder}/", "")
-
-
-LINEAR = "method: linear\nmodels: [a0, a1]\nadapter: {rank: 2}\n"
-
-
-def test_different_bases_are_refused_unless_the_recipe_says_which(tmp_path: Path) -> None:
-    two(tmp_path, base_model_name_or_path="org/other")
-    assert error_of(tmp_path, LINEAR) == (
-        "the adapters were trained on different bases: a0 on org/base; a1 on org/other\n"
-        "hint: if these are one model, say which: base: PATH"
-    )
-    for name in ("base", "other"):
-        (tmp_path / name).mkdir()
-        save_file({"q.weight": torch.zeros(6, 5)}, tmp_path / name / "model.safetensors")
-    text = "method: linear\nbase: base\nmodels: [a0, other+a1]\nadapter: {rank: 2}\n"
-    assert error_of(tmp_path, text) == (
-        "the adapters are on different bases: the recipe says base; other+a1 says other\n"
-        "hint: an adapter fits only the base that it was trained on"
-    )
-    merge(tmp_path, f"base: base\n{LINEAR}")
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        tmp_path / "base"
-    )
-
-
-def test_dora_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    two(tmp_path, use_dora=True)
-    assert error_of(tmp_path, LINEAR) == (
-        "a1 is a DoRA, which rescales the base's weights by their norms\n"
-        "hint: merge whole models: leave adapter out, and write BASE+ADAPTER for each"
-    )
-
-
-def test_target_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
-    two(tmp_path)
-    written(tmp_path / "a1", pair("k", 6, 5), target_modules=["k"])
-    (tmp_path / "base").mkdir()
-    save_file({"q.weight": torch.zeros(6, 5)}, tmp_path / "base" / "model.safetensors")
-    assert error_of(tmp_path, f"base: base\n{LINEAR}").startswith("a1: module k of the adapter is not in base\nhint: ")
-
-
-def test_rank_above_that_of_all_adapters_is_refused(tmp_path: Path) -> None:
-    two(tmp_path)
-    assert error_of(tmp_path, LINEAR.replace("rank: 2", "rank: 5"), ParameterError) == (
-        "adapter.rank is 5, and no weight's merged change has a rank above 4\nhint: rank: keep cuts nothing off"
-    )
-
-
-def test_model_among_adapters_is_refused(tmp_path: Path) -> None:
-    two(tmp_path)
-    (tmp_path / "base").mkdir()
-    save_file({"q.weight": torch.zeros(6, 5)}, tmp_path / "base" / "model.safetensors")
-    text = "method: linear\nmodels: [a0, base]\nadapter: {rank: 2}\n"
-    assert error_of(tmp_path, text, RefError) == (
-        "base is no adapter: it holds no adapter_config.json\n"
-        "hint: a recipe with adapter merges adapters alone; to merge whole models, leave adapter out"
-    )
-    missing = "method: linear\nmodels: [a0, a3]\nadapter: {rank: 2}\n"
-    assert "a3 does not exist" in error_of(tmp_path, missing, RefError)
-    file = "method: linear\nmodels: [a0, base/model.safetensors]\nadapter: {rank: 2}\n"
-    assert "base/model.safetensors is a file\nhint: an adapter is a folder" in error_of(tmp_path, file, RefError)
-
-
-def test_shapes_tasks_names_and_kinds_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    two(tmp_path, task_type="CAUSAL_LM")
-    written(tmp_path / "a0", pair("q", 6, 5), target_modules=["q"], task_type="SEQ_CLS")
-    assert error_of(tmp_path, LINEAR).startswith("the adapters are for different tasks: a0: SEQ_CLS; a1: CAUSAL_LM")
-    written(tmp_path / "a0", pair("q", 7, 5), target_modules=["q"])
-    assert error_of(tmp_path, LINEAR, ShapeError) == "the change of q.weight is (7, 5) in a0, and (6, 5) in a1"
-    written(tmp_path / "a0", {**pair("k", 6, 5), "q.weight": torch.ones(6, 5)}, target_modules=["k"])
-    assert error_of(tmp_path, LINEAR).startswith("a0 and a1 change q.weight in different ways: as a whole, by a LoRA")
-    written(tmp_path / "a0", {**pair("q", 6, 5), "q.weight": torch.ones(6, 5)}, target_modules=["q"])
-    assert error_of(tmp_path, LINEAR) == (
-        "a0 holds q.weight as a whole beside a LoRA of it\nhint: say base: PATH, to see whether it is the same"
-    )
-    (tmp_path / "base").mkdir()
-    save_file({"q.weight": torch.zeros(6, 5)}, tmp_path / "base" / "model.safetensors")
-    assert error_of(tmp_path, f"base: base\n{LINEAR}").startswith("a0 trains q.weight as a whole and by a LoRA as well")
-    written(tmp_path / "a0", pair("inner.q", 6, 5), target_modules=["q"])
-    assert error_of(tmp_path, f"base: base\n{LINEAR}").startswith("q.weight is called inner.q in a0, and q in a1")
-
-
-def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    two(tmp_path)
-    bad = pair("q", 6, 5)
-    bad["q.lora_B.weight"][2, 1] = float("nan")
-    written(tmp_path / "a1", bad, target_modules=["q"])
-    assert error_of(tmp_path, LINEAR, NonFiniteError) == (
-        "base_model.model.q.lora_B.weight of a1 holds NaN or infinity\nhint: leave the adapter out"
-    )
-
-
-def test_another_recipe_s_output_is_no_adapter(tmp_path: Path) -> None:
-    two(tmp_path)
-    text = f"name: first\n{LINEAR}---\n{LINEAR.replace('a1', 'first')}"
-    assert error_of(tmp_path, text, ParameterError).startswith("first is a recipe of this file, and adapters are")
-    text = f"name: first\n{LINEAR}---\nmethod: linear\nmodels: [first, a1]\n"
-    assert error_of(tmp_path, text, ParameterError).startswith("first merges adapters with each other, which only")
-    (tmp_path / "recipe.yaml").write_text(LINEAR)
-    with pytest.raises(ParameterError, match="the recipe merges adapters with each other"):
-        plan_recipes(read_recipes(tmp_path / "recipe.yaml")[0])
-
-
-WORDS = [
-    (
-        "adapter: 16",
-        "line 3: adapter: must be a mapping with the rank of the output: {rank: 16}, or {rank: keep}, and is a number",
-    ),
-    ("adapter: {}", "line 3: adapter: rank is missing: a whole number, or keep for no truncation"),
-    ("adapter: {rank: 0}", "line 3: adapter.rank: must be a whole number from 1 on, and is a number 0"),
-    ("adapter: {rank: 2.5}", "line 3: adapter.rank: must be a whole number from 1 on, and is a number 2.5"),
-    (
-        "adapter: {rank: full}",
-        "line 3: adapter.rank: must be a whole number from 1 on, or keep for no truncation, and is 'full'",
-    ),
-    ("adapter: {rang: 2}", "recipe.yaml has 2 problems\n  line 3: adapter.rang: unknown; did you mean rank?"),
-    ("adapter: {rank: 2}\nvocabulary: union", "line 4: vocabulary: belongs to whole models; adapters share that"),
-    ("adapter: {rank: 2}\nchat_template: auto", "line 4: chat_template: belongs to whole models; adapters share"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), WORDS)
-def test_words_of_the_recipe_are_checked(line: str, message: str, tmp_path: Path) -> None:
-    assert message in refused(tmp_path, f"method: linear\nmodels: [a0, a1]\n{line}\n")
-
-
-def test_method_that_no_adapter_can_have_is_refused(tmp_path: Path) -> None:
-    text = "models: [a0, a1]\nadapter: {rank: 2}\nmethod: "
-    assert refused(tmp_path, text + "regmean").endswith(
-        "line 3: method: regmean needs statistics of whole models, and adapters have none"
-    )
-    sliced = "method: passthrough\nslices:\n- models: [{model: a0, layers: [0, 1]}]\nadapter: {rank: 2}\n"
-    assert "slices: belong to whole models; list the adapters under models" in refused(tmp_path, sliced)
-    assert "models: slerp merges 2 models, and here it is 1" in refused(
-        tmp_path, "method: slerp\nmodels: [a0]\nsettings: {t: 1}\nadapter: {rank: 2}\n"
-    )
-    assert "models: the same adapter twice; slerp needs two" in refused(
-        tmp_path, "method: slerp\nmodels: [a0, a0]\nsettings: {t: 1}\nadapter: {rank: 2}\n"
-    )
-
-
-# whole or not there
-
-
-def test_output_inside_an_input_is_refused(tmp_path: Path) -> None:
-    two(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(LINEAR)
-    planned = plan_any(read_recipes(tmp_path / "recipe.yaml")[0])
-    with pytest.raises(MerganserError, match="lies within what is read"):
-        run(planned, tmp_path / "a0" / "out")
-    assert not (tmp_path / "a0" / "out").exists()
-
-
-def test_kill_leaves_no_folder_and_the_next_run_clears_up(tmp_path: Path) -> None:
-    two(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(LINEAR)
-    script = dedent(f"""
-        import os, signal
-        import merganser.merging.run as engine
-        from merganser.merging.native import read_recipes
-        from pathlib import Path
-        engine.config_of = lambda merge: os.kill(os.getpid(), signal.SIGKILL)
-        folder = Path({str(tmp_path)!r})
-        engine.run(engine.plan_any(read_recipes(folder / "recipe.yaml")[0]), folder / "out", threads=1)
-    """)
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    assert list(tmp_path.glob(".out.partial-*"))
-    merge(tmp_path, LINEAR)
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert not list(tmp_path.glob(".out.partial-*"))
-
-
-def test_command_line_plans_and_merges_adapters(
-    run_command: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
-    two(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(LINEAR.replace("rank: 2", "rank: 1"))
-    code, out, _ = run_command("plan", tmp_path / "recipe.yaml")
-    assert code == 0
-    assert "linear (paper) of" in out
-    assert "low rank" in out
-    code, out, _ = run_command("merge", tmp_path / "recipe.yaml", tmp_path / "out", "--threads", "1")
-    assert code == 0
-    assert "truncation error 0." in out
-    assert "at q.weight" in out
-    code, _, err = run_command("doctor", tmp_path / "recipe.yaml")
-    assert code == 2
-    assert "merges adapters with each other" in err

@@ -1,7 +1,8 @@
+"""A vocabulary of several models: its tokens, where their rows come from, and what it does to a text."""
+
 from __future__ import annotations
 
 import json
-import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,25 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken
-from torch import Tensor
 
 from merganser.checkpoints import open_source
-from merganser.errors import DtypeError, MissingTensorError, ParameterError, RefError, ShapeError
-from merganser.merging import vocabulary_rows
+from merganser.errors import ParameterError
 from merganser.merging.merged import Merged
 from merganser.merging.plan import make_plan
-from merganser.merging.recipe import Input, Recipe, Slice, Token, Vocabulary
+from merganser.merging.recipe import Token, Vocabulary
 from merganser.merging.vocabulary import VocabularyPlan, vocabulary_views
-from merganser.merging.vocabulary_rows import vocabulary_tensors
-from merganser.types import TensorInfo
 from vocabulary_helpers import (
-    LETTERS,
+    EMBED,
+    HEAD,
     MERGES,
     MORE,
     auto,
     bpe,
     embeddings,
+    family_at,
     ids_of,
     planned,
     put_down,
@@ -36,21 +34,13 @@ from vocabulary_helpers import (
     save_tokenizer,
 )
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TEXT = "the cat 42 then bathes"
-
 
 @pytest.fixture
 def family(tmp_path: Path) -> dict[str, Path]:
-    """The base (64), two more tokens and other ids (66), four rows that no token has (64 + 4), an added token."""
-    return {
-        "base": save_model(tmp_path / "base", bpe(), embeddings(0, 64)),
-        "more": save_model(tmp_path / "more", bpe((*MERGES, *MORE), turned=5), embeddings(1, 66)),
-        "wide": save_model(tmp_path / "wide", bpe(turned=3), embeddings(2, 68)),
-        "chat": save_model(
-            tmp_path / "chat", bpe(added=[AddedToken("<|end|>", special=True, normalized=False)]), embeddings(3, 65)
-        ),
-    }
+    return family_at(tmp_path)
+
+
+TEXT = "the cat 42 then bathes"
 
 
 def tokens_of(folder: Path) -> list[str]:
@@ -279,101 +269,6 @@ def test_union_with_a_longer_vocabulary_cuts_text_as_that_does(family: dict[str,
     assert {"th", "the"} & {*auto(out).tokenize(TEXT)}
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7, 64])
-def test_thin_chunks_equal_the_whole(family: dict[str, Path], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary_rows, "BLOCK_ELEMENTS", 12)
-    models = [family["wide"], family["more"], family["chat"]]
-    plan, _ = planned(recipe_of(None, models, Vocabulary("union", pad_to_multiple_of=16)))
-    for folder in models:
-        view = plan.sources[str(folder)]
-        whole = view.read(HEAD)
-        parts = [view.read(HEAD, (i, min(i + rows, 80))) for i in range(0, 80, rows)]
-        assert torch.equal(torch.cat(parts), whole)
-        assert view.read(HEAD, (5, 5)).shape == (0, 4)
-
-
-class Counted:
-    """A source that notes how many rows are asked for at once."""
-
-    identity: str | None = "something"
-
-    def __init__(self, ref: str) -> None:
-        self.source = open_source(ref)
-        self.ref, self.infos, self.aliases = ref, self.source.infos, self.source.aliases
-        self.companions = self.source.companions
-        self.asked: list[int] = []
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        start, stop = rows if rows is not None else (0, self.infos[name].rows)
-        self.asked.append(stop - start)
-        return self.source.read(name, rows)
-
-
-def test_reading_rows_reads_at_most_twice_as_many(
-    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vocabulary_rows, "BLOCK_ELEMENTS", 16)
-    apart = save_model(tmp_path / "apart", bpe(stride=5), embeddings(6, 64))
-    vocabulary = Vocabulary("union", pad_to_multiple_of=9)
-    recipe = recipe_of(None, [family["wide"], family["more"], apart], vocabulary)
-    sources = {ref: Counted(ref) for ref in recipe.refs}
-    plan = vocabulary_views(recipe, sources)
-    assert plan is not None
-    assert all(not s.asked for s in sources.values())
-    for ref in recipe.refs:
-        assert plan.sources[ref].identity is None
-        for start in range(0, plan.vocab_size, 4):
-            plan.sources[ref].read(EMBED, (start, min(start + 4, plan.vocab_size)))
-    assert max(max(s.asked) for s in sources.values()) <= 8
-
-
-def test_other_tensors_pass_as_they_are(family: dict[str, Path]) -> None:
-    plan, sources = planned(recipe_of(family["base"], [family["more"]], Vocabulary("union")))
-    view = plan.sources[str(family["base"])]
-    source = sources[str(family["base"])]
-    assert [n for n in view.infos if view.infos[n] != source.infos[n]] == [HEAD, EMBED]
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(view.read(name, (2, 4)), source.read(name, (2, 4)))
-    assert view.companions() == source.companions()
-
-
-def test_source_may_bring_files_of_its_own(family: dict[str, Path]) -> None:
-    """So an earlier merge of the same recipe file can say what its tokens are."""
-    recipe = recipe_of(family["base"], [family["more"]], Vocabulary("union"))
-    first, sources = planned(recipe)
-    stage = first.sources[str(family["base"])]
-    stage.tokenizer_files = first.files  # type: ignore[attr-defined]
-    second = vocabulary_views(recipe, {**sources, str(family["base"]): stage})
-    assert second is not None
-    assert second.tokens == first.tokens
-    assert second.sources[str(family["base"])] is stage
-
-
-def test_threads_read_the_same(family: dict[str, Path]) -> None:
-    recipe = recipe_of(None, [family["wide"], family["more"]], Vocabulary("union", pad_to_multiple_of=32))
-    whole = planned(recipe)[0].sources[str(family["more"])].read(EMBED)
-    view = planned(recipe)[0].sources[str(family["more"])]
-    found: dict[int, Tensor] = {}
-    threads = [
-        threading.Thread(target=lambda i=i: found.update({i: view.read(EMBED, (i, i + 8))})) for i in range(0, 96, 8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(torch.cat([found[i] for i in sorted(found)]), whole)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_rows_take_the_type_of_the_model_they_enter(tmp_path: Path, dtype: torch.dtype) -> None:
-    base = save_model(tmp_path / "base", bpe(), embeddings(0, 64, dtype=dtype))
-    more = save_model(tmp_path / "more", bpe((*MERGES, *MORE)), embeddings(1, 66))
-    plan, _ = planned(recipe_of(base, [more], Vocabulary("union")))
-    found = plan.sources[str(base)].read(EMBED)
-    assert found.dtype == dtype
-    assert torch.equal(found[64:], embeddings(1, 66)[EMBED][64:].to(dtype))
-
-
 def test_config_gets_size_and_ids_of_the_output(family: dict[str, Path]) -> None:
     chat, more = str(family["chat"]), str(family["more"])
     plan, _ = planned(recipe_of(family["chat"], [family["more"]], Vocabulary("union", pad_to_multiple_of=8)))
@@ -441,168 +336,3 @@ def test_rows_of_a_tied_head_are_those_of_the_embedding(family: dict[str, Path],
     plan, _ = planned(recipe_of(family["base"], [tied], Vocabulary("union")))
     assert plan.sources[str(tied)].aliases == {HEAD: EMBED}
     assert torch.equal(plan.sources[str(family["base"])].read(HEAD)[64:], tensors[EMBED][64:])
-
-
-# which tensors
-
-NAMES = [f"token {i}" for i in range(64)]
-
-
-class Headers:
-    """A source of headers alone."""
-
-    ref, identity = "model", None
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F32") -> None:
-        self.infos = {name: TensorInfo(shapes[name], dtype) for name in sorted(shapes)}
-        self.aliases: dict[str, str] = {}
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        raise AssertionError("headers are enough")
-
-    def companions(self) -> Sequence[Path]:
-        return ()
-
-
-@pytest.mark.parametrize(
-    ("shapes", "found"),
-    [
-        ({"transformer.wte.weight": (70, 8), "transformer.wpe.weight": (70, 8)}, None),
-        ({"transformer.wte.weight": (70, 8), "transformer.wpe.weight": (16, 8)}, ["transformer.wte.weight"]),
-        (
-            {"shared.weight": (70, 8), "encoder.block.0.layer.weight": (8, 8), "lm_head.weight": (70, 8)},
-            ["lm_head.weight", "shared.weight"],
-        ),
-        ({"shared.weight": (70, 8), "encoder.block.0.layer.weight": (8, 8)}, ["shared.weight"]),
-        (
-            {
-                "bert.embeddings.word_embeddings.weight": (70, 8),
-                "bert.embeddings.token_type_embeddings.weight": (2, 8),
-                "bert.embeddings.position_embeddings.weight": (90, 8),
-                "cls.predictions.bias": (70,),
-                "cls.predictions.decoder.weight": (70, 8),
-                "cls.predictions.decoder.bias": (70,),
-                "cls.predictions.transform.dense.weight": (8, 8),
-            },
-            [
-                "bert.embeddings.word_embeddings.weight",
-                "cls.predictions.bias",
-                "cls.predictions.decoder.bias",
-                "cls.predictions.decoder.weight",
-            ],
-        ),
-        (
-            {"gpt_neox.embed_in.weight": (70, 8), "embed_out.weight": (70, 8)},
-            ["embed_out.weight", "gpt_neox.embed_in.weight"],
-        ),
-        ({"backbone.embeddings.weight": (70, 8), "backbone.layers.0.mixer.D": (16,)}, ["backbone.embeddings.weight"]),
-        ({"model.embed_tokens.weight": (70, 8), "output.weight": (3, 8)}, ["model.embed_tokens.weight"]),
-        (
-            {"model.tok_embeddings.weight": (70, 70), "output.weight": (70, 70), "norm.weight": (70,)},
-            ["model.tok_embeddings.weight", "output.weight"],
-        ),
-        (
-            {"embed_tokens.weight": (70, 8), "layers.0.up.weight": (70, 8), "layers.0.head.weight": (70, 8)},
-            ["embed_tokens.weight"],
-        ),
-        ({"embed_tokens.weight": (70, 8), "layers.0.head.weight": (70, 8)}, None),
-        ({"embed_tokens.weight": (70, 8), "final_logits_bias": (1, 70)}, None),
-    ],
-)  # fmt: skip
-def test_names_and_rows_tell_which_tensors_have_a_row_a_token(
-    shapes: dict[str, tuple[int, ...]], found: list[str] | None
-) -> None:
-    if found is None:
-        with pytest.raises(ShapeError, match="does not tell whether they are tokens"):
-            vocabulary_tensors(Headers(shapes), NAMES)
-    else:
-        assert vocabulary_tensors(Headers(shapes), NAMES) == (tuple(found), 70)
-
-
-def test_doubtful_tensor_that_is_kept_is_left_alone() -> None:
-    shapes = {"embed_tokens.weight": (70, 8), "score.weight": (70, 8)}
-    assert vocabulary_tensors(Headers(shapes), NAMES, ["score.*"]) == (("embed_tokens.weight",), 70)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        ({"a.weight": (70, 8)}, "no tensor of model looks like an embedding of its 64 tokens"),
-        (
-            {"embed_tokens.weight": (60, 8)},
-            "of model has 60 rows, and its tokenizer has 64 tokens, from 'token 60' on without a row",
-        ),
-        (
-            {"encoder.embed_tokens.weight": (70, 8), "decoder.embed_tokens.weight": (80, 8)},
-            "different numbers of rows: 70 in encoder.embed_tokens.weight; 80 in decoder.embed_tokens.weight",
-        ),
-        (
-            {"embed_tokens.weight": (70, 8), "lm_head.weight": (64, 8)},
-            "different numbers of rows: 64 in lm_head.weight",
-        ),
-    ],
-)
-def test_embeddings_that_do_not_fit_are_refused(shapes: dict[str, tuple[int, ...]], message: str) -> None:
-    with pytest.raises(ShapeError) as error:
-        vocabulary_tensors(Headers(shapes), NAMES)
-    assert message in error.value.message
-
-
-def test_quantised_rows_are_refused() -> None:
-    with pytest.raises(DtypeError, match="is U8, whose rows cannot be mapped"):
-        vocabulary_tensors(Headers({"embed_tokens.weight": (70, 8)}, "U8"), NAMES)
-
-
-def test_rows_of_other_widths_are_refused(family: dict[str, Path], tmp_path: Path) -> None:
-    slim = save_model(tmp_path / "slim", bpe(), embeddings(0, 64, width=3))
-    with pytest.raises(ShapeError, match=r"lm_head.weight has 2 shapes: \(64, 3\) in .*slim; \(66, 4\) in .*more"):
-        planned(recipe_of(slim, [family["more"]], Vocabulary("union")))
-
-
-def test_tensor_with_a_row_a_token_in_one_model_only_is_refused(tmp_path: Path) -> None:
-    tensors = {"tok_embeddings.weight": embeddings(0, 66)[EMBED], "output.weight": embeddings(0, 66)[HEAD]}
-    first = save_model(tmp_path / "first", bpe(), {n: x[:64] for n, x in tensors.items()})
-    classes = tensors | {"output.weight": tensors["output.weight"][:3]}
-    second = save_model(tmp_path / "second", bpe((*MERGES, *MORE)), classes)
-    with pytest.raises(ShapeError, match=r"output.weight has a row a token in .*first and not in .*second: \(3, 4\)"):
-        planned(recipe_of(first, [second], Vocabulary("base")))
-
-
-def test_missing_head_is_refused_where_its_rows_are_needed(family: dict[str, Path], tmp_path: Path) -> None:
-    tied = {name: x for name, x in embeddings(4, 66).items() if name != HEAD}
-    more = save_model(tmp_path / "tied", bpe((*MERGES, *MORE)), tied)
-    with pytest.raises(MissingTensorError, match=r"lm_head.weight is in .*base and not in .*tied"):
-        planned(recipe_of(family["base"], [more], Vocabulary("union")))
-
-
-@pytest.mark.parametrize("slow", [(), ("vocab.json", "merges.txt")])
-def test_model_without_a_fast_tokenizer_is_refused_by_name(
-    family: dict[str, Path], tmp_path: Path, slow: Sequence[str]
-) -> None:
-    bare = save_model(tmp_path / "bare", None, embeddings(1, 64))
-    for name in slow:
-        (bare / name).write_text("{}")
-    with pytest.raises(RefError, match=r"bare has no tokenizer.json") as error:
-        planned(recipe_of(family["base"], [bare], Vocabulary("union")))
-    assert ("it has merges.txt, vocab.json only" in error.value.message) == bool(slow)
-    assert "save_pretrained" in str(error.value.hint)
-
-
-def test_slices_and_their_bases_are_seen_too(family: dict[str, Path]) -> None:
-    slices = (
-        Slice((Input(str(family["wide"]), (0, 1)),), Input(str(family["chat"]), (0, 1))),
-        Slice((Input(str(family["more"]), (0, 1)),)),
-    )
-    recipe = Recipe("linear", slices, vocabulary=Vocabulary("union"))
-    plan, _ = planned(recipe)
-    assert plan.donor == str(family["wide"])
-    assert {v.infos[EMBED].rows for v in plan.sources.values()} == {67}
-
-
-def test_output_does_not_depend_on_how_tokens_are_hashed(family: dict[str, Path]) -> None:
-    recipe = recipe_of(None, [family["wide"], family["more"], family["chat"]], Vocabulary("union"))
-    first, second = planned(recipe)[0], planned(recipe)[0]
-    assert first.tokens == second.tokens
-    assert first.files == second.files
-    assert [t["id"] for t in json.loads(first.files["tokenizer.json"])["added_tokens"]] == [0, 1, 2, 66]
-    assert len(LETTERS) + len(MERGES) == 64

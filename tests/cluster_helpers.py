@@ -12,7 +12,7 @@ import torch
 
 from merganser.checkpoints.placed import Place
 from merganser.merging.cluster_jobs import LostError, Machine, Part
-from merganser.merging.cluster_work import Failure, Work, Written, write_part
+from merganser.merging.cluster_work import write_part
 from merganser.merging.recipe import Input, Recipe, Slice
 from support import make_base, save, tune
 
@@ -100,9 +100,9 @@ class InProcess:
             self._waiting.pop(handle, None)
 
 
-def half_then_gone(work: Work, part: Part, places: Mapping[str, Place]) -> Written | Failure:
+def half_then_gone(work: Any, part: Part, places: Mapping[str, Place], write: Callable[..., Any] = write_part) -> Any:
     """Write a part, and break every byte of its last file's second half: what a dead worker may have left."""
-    result = write_part(work, part, places)
+    result = write(work, part, places)
     path = Path(work.folder) / part.files[-1]
     data = bytearray(path.read_bytes())
     start = min(place.offset for place in places.values() if place.file == path.name)

@@ -141,6 +141,16 @@ def test_the_plan_keeps_order_and_begins_a_file_only_where_it_must(sizes: list[i
         assert total + infos[following[0]].nbytes > shard_bytes
 
 
+@given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=20), shard_bytes=st.integers(1, 500))
+def test_tensors_of_one_key_share_a_file_and_the_plan_is_that_of_their_sums(sizes: list[int], shard_bytes: int) -> None:
+    infos = {f"{i % 3}/{i // 3:02d}": TensorInfo((n,), "U8") for i, n in enumerate(sizes)}
+    shards = plan_shards(dict(sorted(infos.items())), shard_bytes, lambda name: name.partition("/")[2])
+    keys = [list(dict.fromkeys(name[2:] for name in shard)) for shard in shards]
+    sums = {f"{i:02d}": TensorInfo((sum(sizes[3 * i : 3 * i + 3]),), "U8") for i in range(-(-len(sizes) // 3))}
+    assert keys == plan_shards(sums, shard_bytes)
+    assert sorted(name for shard in shards for name in shard) == sorted(infos)
+
+
 def test_the_index_has_the_total_size_and_the_file_of_every_tensor_and_alias(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(4), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(3)}
     write(tmp_path / "out", tensors, shard_bytes=16, aliases={"tied": "c"})

@@ -20,10 +20,12 @@ from command_line import run as run_command  # noqa: F401  # a fixture
 from merganser.checkpoints.placed import Place
 from merganser.errors import ClusterError, NonFiniteError, OutputError, ParameterError, RefError
 from merganser.merging import cluster_work
-from merganser.merging.cluster import Limits, measure_on, measure_then_merge, merge_on, moved_bytes, summed
+from merganser.merging.cluster import measure_on, measure_then_merge, merge_on, moved_bytes, summed
 from merganser.merging.cluster_jobs import Machine, Part, chosen_threads, coordinate, places_for, split
 from merganser.merging.cluster_simulation import SimulatedWorkers, simulated
-from merganser.merging.cluster_work import Failure, Work, Written, write_part
+from merganser.merging.cluster_tasks import Limits
+from merganser.merging.cluster_work import Work, Written, write_part
+from merganser.merging.cluster_worker import Failure
 from merganser.merging.recipe import AdapterOut, Recipe
 from merganser.merging.run import plan_recipes, run
 from support import load, save

@@ -1,4 +1,4 @@
-"""Merges over two Ray nodes of one processor each: the bytes of one process, whatever is killed on the way."""
+"""Merges and folds over two Ray nodes of one processor: the bytes of one process, whatever is killed on the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,14 +24,18 @@ import pytest
 from cluster_helpers import SHARD_BYTES, content, evened, family, half_then_gone, recipe, squares
 from command_line import run as run_command  # noqa: F401  # a fixture
 from merganser.checkpoints.placed import Place
-from merganser.errors import ClusterError, NonFiniteError, ParameterError
+from merganser.continual import Fold
+from merganser.errors import ClusterError, NonFiniteError, ParameterError, StateError
 from merganser.merging import cluster_ray
-from merganser.merging.cluster import Limits, measure_on, measure_then_merge, merge_on, summed
+from merganser.merging.cluster import measure_on, measure_then_merge, merge_on, summed
+from merganser.merging.cluster_fold import Folded, FoldWork, add_on, fold_part
 from merganser.merging.cluster_jobs import Part
 from merganser.merging.cluster_ray import RayTasks, connected
-from merganser.merging.cluster_work import Failure, Work, Written, write_part
+from merganser.merging.cluster_tasks import Limits
+from merganser.merging.cluster_work import Work, Written, write_part
+from merganser.merging.cluster_worker import Failure
 from merganser.merging.run import plan_recipes, run
-from support import load, save
+from support import load, save, tree
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),  # one worker starts Ray, not every one
@@ -227,8 +232,9 @@ DRIVER = """
     import json, os, sys, time
     from pathlib import Path
     from cluster_helpers import SHARD_BYTES, recipe
-    from merganser.merging.cluster import Limits, merge_on
+    from merganser.merging.cluster import merge_on
     from merganser.merging.cluster_ray import connected
+    from merganser.merging.cluster_tasks import Limits
     from merganser.merging.cluster_work import write_part
 
     address, out, pids, *models = sys.argv[1:]
@@ -289,3 +295,106 @@ def _journal(folder: Path) -> set[str]:
     """Names of the tensors, of any size, that a writer's journal says are there."""
     lines = [line for path in folder.glob(".out.partial-*/.journal") for line in path.read_text().split("\n")[1:-1]]
     return {json.loads(line.partition(" ")[2]) for line in lines} - {"empty.weight"}
+
+
+# folds
+
+
+@pytest.fixture(scope="module")
+def begun(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state that the first expert is in, and beside it what one process makes of it with the second one."""
+    folder = tmp_path_factory.mktemp("begun")
+    fold = Fold.init(models[0], folder / "state", "gram", threads=1)
+    fold.add(models[1], threads=1)
+    Fold(shutil.copytree(fold.path, folder / "whole")).add(models[2], threads=1, shard_bytes=SHARD_BYTES)
+    return folder
+
+
+def test_two_nodes_fold_an_expert_into_the_bytes_of_one_process(
+    run_command: Run,  # noqa: F811
+    nodes: TwoNodes,
+    models: list[Path],
+    begun: Path,
+    tmp_path: Path,
+) -> None:
+    state = Path(shutil.copytree(begun / "state", tmp_path / "state"))
+    before = tree(state)
+    words = ("fold", "add", state, models[2], "--shard-bytes", SHARD_BYTES, "-q", "--ray")
+    code, _, err = run_command(*words, "127.0.0.1:1")
+    assert (code, err.split(" ", 1)[0], tree(state)) == (2, "ClusterError:", before)
+    broken = load(models[2])
+    broken["conv.weight"][1] = float("nan")
+    bad = save(broken, tmp_path / "bad")
+    code, _, err = run_command(*words[:3], bad, *words[4:], nodes.address)
+    assert (code, err.split(" (on ", 1)[0]) == (2, f"NonFiniteError: conv.weight of {bad} holds NaN or infinity")
+    assert tree(state) == before
+    assert run_command(*words, nodes.address, "--workers", 2) == (0, "", "")
+    assert tree(state) == tree(begun / "whole")
+    assert len([*state.glob("sums-00002/*.safetensors")]) > 4
+
+
+def test_a_worker_killed_while_it_folds_is_replaced(
+    nodes: TwoNodes, models: list[Path], begun: Path, tmp_path: Path
+) -> None:
+    state, pids = Path(shutil.copytree(begun / "state", tmp_path / "state")), tmp_path / "pids"
+    pids.mkdir()
+
+    def killed(work: FoldWork, part: Part, places: Mapping[str, Place]) -> Folded | Failure:
+        if part.number == 2:
+            first = not [*pids.iterdir()]
+            (pids / str(os.getpid())).touch()
+            if first:
+                half_then_gone(work, part, places, fold_part)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return fold_part(work, part, places)
+
+    add_on(nodes.tasks, state, [models[2]], shard_bytes=SHARD_BYTES, fold=killed)
+    assert len([*pids.iterdir()]) == 2, "another process did it once more"
+    assert tree(state) == tree(begun / "whole")
+
+
+FOLD_DRIVER = """
+    import os, sys, time
+    from pathlib import Path
+    from cluster_helpers import SHARD_BYTES, half_then_gone
+    from merganser.merging.cluster_fold import add_on, fold_part
+    from merganser.merging.cluster_ray import connected
+
+    address, state, pids, expert = sys.argv[1:]
+
+    def slow(work, part, places):
+        (Path(pids) / str(os.getpid())).touch()
+        if part.number < 3:
+            half_then_gone(work, part, places, fold_part)
+            (Path(pids) / f"{part.number}.half").touch()
+            time.sleep(90)
+        return fold_part(work, part, places)
+
+    with connected(address) as tasks:
+        add_on(tasks, state, [expert], shard_bytes=SHARD_BYTES, fold=slow)
+"""
+
+
+def test_a_killed_driver_leaves_the_old_state_and_the_next_add_goes_through(
+    nodes: TwoNodes, models: list[Path], begun: Path, tmp_path: Path
+) -> None:
+    state, pids = Path(shutil.copytree(begun / "state", tmp_path / "state")), tmp_path / "pids"
+    before = tree(state)
+    pids.mkdir()
+    words = [sys.executable, "-c", textwrap.dedent(FOLD_DRIVER), nodes.address, state, pids, models[2]]
+    driver = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: driver.poll() is not None or [*pids.glob("*.half")], "a part was half written")
+        assert driver.poll() is None, driver.stderr.read() if driver.stderr is not None else ""
+        with pytest.raises(StateError, match="another process is working on"):
+            Fold(state).add(models[2])
+    finally:
+        driver.kill()
+        driver.communicate()
+    left = tree(state)
+    assert {name: digest for name, digest in left.items() if not name.startswith(".sums-00002")} == before
+    assert len(left) > len(before)
+    assert {f.status for f in Fold(state).verify()} == {"ok"}
+    until(lambda: not [p for p in pids.iterdir() if Path("/proc", p.name).exists()], "its workers were gone")
+    add_on(nodes.tasks, state, [models[2]], shard_bytes=SHARD_BYTES)
+    assert tree(state) == tree(begun / "whole")

@@ -19,7 +19,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -179,16 +179,25 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plan_shards(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
-    """Names by file: in order, a new file where the next tensor would pass `shard_bytes`."""
+def plan_shards(
+    infos: Mapping[str, TensorInfo], shard_bytes: int, together: Callable[[str], str] | None = None
+) -> list[list[str]]:
+    """Names by file: in order, a new file where the next tensor would pass `shard_bytes`.
+
+    With `together` (name -> key) the tensors of one key count as one, in the order of the keys.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in infos:
+        groups.setdefault(together(name) if together is not None else name, []).append(name)
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, info in infos.items():
-        if shards[-1] and filled + info.nbytes > shard_bytes:
+    for key in groups if together is None else sorted(groups):
+        size = sum(infos[name].nbytes for name in groups[key])
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
-        filled += info.nbytes
+        shards[-1] += groups[key]
+        filled += size
     return shards
 
 
@@ -206,6 +215,7 @@ class CheckpointWriter:
         stem: first part of the files' names.
         resume: what is written, as one line: an interrupted writer leaves its folder to the next one of the same
             line, which finds in `done` what is there already.
+        together: name -> key; tensors of one key lie in one file.
 
     Attributes:
         done: names of tensors that an earlier writer wrote; their bytes have been compared with their digests.
@@ -224,6 +234,7 @@ class CheckpointWriter:
         overwrite: bool = False,
         stem: str = "model",
         resume: str | None = None,
+        together: Callable[[str], str] | None = None,
     ) -> None:
         if "__metadata__" in infos or "format" in (aliases or {}):
             raise OutputError(
@@ -240,7 +251,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(self._transaction.folder).free
             if free < self._total_bytes and not self._transaction.resumed:
                 raise OutputError(f"{target} needs {self._total_bytes:,} bytes, and the disk has {free:,} free")
-            self._placed = PlacedWriter(self.folder, target, self._open_files(shard_bytes))
+            self._placed = PlacedWriter(self.folder, target, self._open_files(shard_bytes, together))
             self.done: frozenset[str] = self._recovered() if self._transaction.resumed else frozenset()
             if self._journal is not None:
                 digests = self._placed.digests()
@@ -266,8 +277,8 @@ class CheckpointWriter:
         """Where the bytes of every tensor go, in files that are there: another process may put them (see `take`)."""
         return self._placed.places
 
-    def _open_files(self, shard_bytes: int) -> dict[str, Place]:
-        shards = plan_shards(self.infos, shard_bytes)
+    def _open_files(self, shard_bytes: int, together: Callable[[str], str] | None) -> dict[str, Place]:
+        shards = plan_shards(self.infos, shard_bytes, together)
         places: dict[str, Place] = {}
         self.files: dict[str, str] = {}
         for number, names in enumerate(shards, 1):

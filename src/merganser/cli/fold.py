@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merganser.cli.clusters import Ray, ShardBytes, Workers, refuse_workers
 from merganser.cli.settings import Alpha, Density, Diagonal, Eps, Scale, Set, collect
 from merganser.cli.show import console, progress_bar, size
 
@@ -120,6 +121,9 @@ def add(
     base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
+    shard_bytes: ShardBytes = 5_000_000_000,
+    ray: Ray = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Take in an expert, or several in order: one pass, in the memory of a few tensors.
@@ -127,30 +131,37 @@ def add(
     Several come in together or not at all: the same bits as one by one, in less time.
     """
     from merganser.continual import Fold
+    from merganser.errors import ParameterError
 
+    refuse_workers(workers, ray)
+    if ray is not None and device != "cpu":
+        raise ParameterError(f"--device {device} is for one process", "leave it out, or --ray")
     fold = Fold(state)
-    if dry_run or not quiet:
-        cost = fold.cost(*experts, threads=threads, name=name, ignore=ignore or (), rename=rename or (), base=base)
+    which: dict[str, Any] = {"name": name, "ignore": ignore or (), "rename": rename or (), "base": base}
+    if dry_run or not quiet or ray is not None:  # what cannot succeed is refused before any process is begun
+        cost = fold.cost(*experts, threads=threads if ray is None else threads or 1, **which)
         if not quiet:
-            _print_cost(cost)
+            _print_cost(cost, "" if ray is None else "of a task ")
     if dry_run:
         return
     before = len(fold.ledger.contributors)
     label = experts[0] if len(experts) == 1 else f"{len(experts)} experts"
-    with progress_bar(f"adding {label}", quiet=quiet) as progress:
-        entries = fold.add_all(
-            experts,
-            weight=weight,
-            name=name,
-            ignore=ignore or (),
-            rename=rename or (),
-            allow_nonfinite=allow_nonfinite,
-            allow_distant=allow_distant,
-            base=base,
-            device=device,
-            threads=threads,
-            progress=progress,
-        )
+    which |= {"weight": weight, "allow_nonfinite": allow_nonfinite, "allow_distant": allow_distant}
+    which["shard_bytes"] = shard_bytes
+    if ray is not None:
+        from merganser.merging.cluster_fold import add_on
+        from merganser.merging.cluster_ray import connected
+        from merganser.merging.cluster_tasks import Limits
+
+        limits = Limits(workers=workers, threads=threads)
+        with (
+            connected(ray, workers=workers, threads=threads) as tasks,
+            progress_bar(f"adding {label}", quiet=quiet) as progress,
+        ):
+            entries = add_on(tasks, state, experts, limits=limits, progress=progress, **which)
+    else:
+        with progress_bar(f"adding {label}", quiet=quiet) as progress:
+            entries = fold.add_all(experts, device=device, threads=threads, progress=progress, **which)
     if not quiet:
         for number, entry in enumerate(entries, before + 1):
             console().print(f"{state}: {entry.name} is in, as number {number}")
@@ -306,8 +317,8 @@ def verify(state: State, base: Base = None, threads: Threads = None) -> None:
         raise typer.Exit(1)
 
 
-def _print_cost(cost: Cost) -> None:
+def _print_cost(cost: Cost, whose: str) -> None:
     console().print(
         f"reads {size(cost.read_bytes)}, writes {size(cost.write_bytes)}, "
-        f"peak memory about {size(cost.peak_bytes)} beside Python and torch"
+        f"peak memory {whose}about {size(cost.peak_bytes)} beside Python and torch"
     )

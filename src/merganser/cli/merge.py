@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merganser.cli.clusters import Ray, ShardBytes, Workers, refuse_workers
 from merganser.cli.show import console, progress_bar
 
 if TYPE_CHECKING:
@@ -31,14 +32,9 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that was made here.")] = False,
     threads: Annotated[int | None, typer.Option(help="Tensors at a time; all processors by default.")] = None,
     memory: Memory = None,
-    shard_bytes: Annotated[int, typer.Option(min=1, help="Bytes at which the next file is begun.")] = 5_000_000_000,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="local|HOST:PORT", help="Have the files written by a Ray cluster, or by local processes."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: tasks at a time; all that there is room for by default.")
-    ] = None,
+    shard_bytes: ShardBytes = 5_000_000_000,
+    ray: Ray = None,
+    workers: Workers = None,
 ) -> None:
     """Merge several models into one, tensor by tensor, in constant memory.
 
@@ -56,18 +52,17 @@ def merge(
 
     Recipes written for mergekit-yaml are understood as they are. `merganser plan RECIPE` shows what would be done.
     """
-    from merganser.errors import ParameterError
     from merganser.merging.adapter_plan import AdapterMerge
     from merganser.merging.run import plan_any, run
 
-    if workers is not None and ray is None:
-        raise ParameterError("--workers is for --ray", "--threads is how many tensors one process works on at a time")
+    refuse_workers(workers, ray)
     recipes = _read(recipe, lenient)
     memory_bytes = None if memory is None else memory * 1_000_000
     options: dict[str, Any] = {"shard_bytes": shard_bytes, "resume": resume, "overwrite": overwrite}
     if ray is not None:
-        from merganser.merging.cluster import Limits, merge_on
+        from merganser.merging.cluster import merge_on
         from merganser.merging.cluster_ray import connected
+        from merganser.merging.cluster_tasks import Limits
 
         limits = Limits(workers=workers, threads=threads, memory_bytes=memory_bytes)
         plan_any(recipes)  # what cannot succeed is refused before any process is begun

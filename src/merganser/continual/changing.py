@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES
 from merganser.continual.entries import check_weight, find_entry, ledger_kind, refuse_known
 from merganser.continual.ledger import BaseRecord, Contributor, Ledger, absolute_ref, open_base, read_base_record
 from merganser.continual.passing import Pass, Result, arrive
@@ -24,12 +25,22 @@ class How:
         device: where the arithmetic runs.
         threads: tensors at a time; None for one a core.
         progress: called as (bytes done, bytes in all).
+        shard_bytes: size in bytes at which the next file of the state is begun.
+        run: does the work of a pass, up to its commit; None for this process.
     """
 
     base: str | Path | None = None
     device: str = "cpu"
     threads: int | None = None
     progress: Progress | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    run: Callable[[Pass], Result] | None = None
+
+    def done(self, step: Pass) -> Result:
+        """A pass, done but for its commit."""
+        if self.run is not None:
+            return self.run(step)
+        return step.run(usable_threads(self.threads), self.progress, self.shard_bytes)
 
 
 def arrivals(
@@ -75,7 +86,7 @@ def take_in(
     """
     with locked(state, write=True) as ledger:
         step = arrivals(state, ledger, read_base_record(state), entries, base=how.base, device=how.device)
-        result = step.run(usable_threads(how.threads), how.progress)
+        result = how.done(step)
         with result.writer:
             admitted: list[Contributor] = []
             for entry, seen in zip(entries, result.experts, strict=True):
@@ -127,7 +138,7 @@ def set_weight(state: Path, expert: str | Path, weight: float | None, how: How) 
         arrival = arrive(record, source, entry, weights=weights, t=t, allow_nonfinite=old.nonfinite)
         device = checked_device(how.device)
         step = Pass(state, ledger, record, ledger_kind(ledger), source, (arrival,), device)
-        result = step.run(usable_threads(how.threads), how.progress)
+        result = how.done(step)
         with result.writer:
             (seen,) = result.experts
             if seen.digest != old.digest:

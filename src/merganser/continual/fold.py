@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merganser.checkpoints import open_source
-from merganser.checkpoints.writer import FolderTransaction
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, FolderTransaction
 from merganser.continual.changing import How, arrivals, set_weight, take_in
 from merganser.continual.combine import combine
 from merganser.continual.entries import check_weight, default_sums, ledger_kind, new_entries
@@ -148,6 +148,7 @@ class Fold:
         base: str | Path | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
         progress: Progress | None = None,
     ) -> Contributor:
         """Take in one expert: one pass, memory of a few tensors.
@@ -163,6 +164,7 @@ class Fold:
             base: where the base is, if it has moved.
             device: where the arithmetic runs, such as "cuda".
             threads: tensors at a time.
+            shard_bytes: size in bytes at which the next file of the state is begun.
             progress: called as (bytes done, bytes in all).
 
         Returns:
@@ -183,6 +185,7 @@ class Fold:
             base=base,
             device=device,
             threads=threads,
+            shard_bytes=shard_bytes,
             progress=progress,
         )
         return entries[0]
@@ -200,6 +203,7 @@ class Fold:
         base: str | Path | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
         progress: Progress | None = None,
     ) -> tuple[Contributor, ...]:
         """Take in experts in order, in one pass: the bits of as many `add`, with the state read and written once.
@@ -217,6 +221,7 @@ class Fold:
             base: where the base is, if it has moved.
             device: where the arithmetic runs.
             threads: tensors at a time.
+            shard_bytes: size in bytes at which the next file of the state is begun.
             progress: called as (bytes done, bytes in all).
 
         Returns:
@@ -228,7 +233,7 @@ class Fold:
         """
         check_weight(self.ledger, weight)
         entries = new_entries(experts, weight, name, ignore, rename, allow_nonfinite)
-        how = How(base, device, threads, progress)
+        how = How(base, device, threads, progress, shard_bytes)
         self.ledger, admitted = take_in(self.path, entries, how, allow_distant=allow_distant)
         return admitted
 

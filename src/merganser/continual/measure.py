@@ -18,6 +18,19 @@ from merganser.numerics import compute_dtype, raw_bytes, sum_of_squares
 from merganser.types import Source, TensorInfo
 
 
+@dataclass(frozen=True)
+class Read:
+    """What was seen of one tensor of one model, once all of it went by.
+
+    Attributes:
+        digest: sha256 of its bytes.
+        squares: sums of squares of its values, or of its change.
+    """
+
+    digest: str
+    squares: tuple[float, ...]
+
+
 @dataclass
 class Reading:
     """What was seen of one tensor of one model while it went by.
@@ -29,6 +42,10 @@ class Reading:
 
     hash: Any = field(default_factory=hashlib.sha256)
     squares: list[float] = field(default_factory=list)
+
+    def ended(self) -> Read:
+        """All of it, as another process may be told."""
+        return Read(self.hash.hexdigest(), tuple(self.squares))
 
 
 def read_base(

@@ -6,7 +6,8 @@ written once. The bits are those of as many passes, since the state is rounded t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from merganser.checkpoints import open_source
 from merganser.checkpoints.copying import renamed_by
+from merganser.checkpoints.placed import PlacedWriter
 from merganser.checkpoints.views import widened
-from merganser.checkpoints.writer import CheckpointWriter
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from merganser.continual.kinds import Kind, Slots
 from merganser.continual.ledger import BaseRecord, Contributor, Ledger
-from merganser.continual.measure import Reading, change, equal, model_digest, norm, read_base, tensor_digest
+from merganser.continual.measure import Read, Reading, change, equal, model_digest, norm, read_base, tensor_digest
 from merganser.continual.pairing import pair, untied
 from merganser.continual.roles import Role, is_matrix
 from merganser.continual.state import CheckedSums, next_generation, open_sums
@@ -73,8 +75,8 @@ class Arrival:
 class Outcome:
     """What one tensor's job saw: the base, each expert, and sums of squares of the new merged change."""
 
-    base: Reading
-    experts: tuple[Reading, ...]
+    base: Read
+    experts: tuple[Read, ...]
     merged_squares: tuple[float, ...] = ()
 
 
@@ -137,27 +139,61 @@ class Pass:
         written = sum(info.nbytes for info in self._slot_infos().values())
         read = sum(self.base.infos[n].nbytes for n in {n for a in self.arrivals for n in a.found})
         read += sum(a.expert.infos[stored].nbytes for a in self.arrivals for stored in a.found.values())
-        jobs = self._jobs(open_sums(self.state, self.ledger, self._slot_infos()), None)
-        return Cost(peak_bytes(jobs, threads), read + (written if self.ledger.sums else 0), written)
+        return Cost(peak_bytes(self.jobs(), threads), read + (written if self.ledger.sums else 0), written)
 
-    def run(self, threads: int, progress: Progress | None) -> Result:
+    def run(self, threads: int, progress: Progress | None, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Result:
         """Do all the work up to, and without, the commit.
 
         Raises:
             TensorError: If a tensor cannot be merged.
             StateError: If the base has changed since init.
         """
+        with self.begun(shard_bytes) as writer:
+            return self.result(writer, run_jobs(self.jobs(writer), threads=threads, progress=progress))
+
+    @contextmanager
+    def begun(self, shard_bytes: int) -> Iterator[CheckpointWriter]:
+        """The writer of the new generation, its files laid out; what fails in the context removes them again.
+
+        Raises:
+            TensorError: If what the base holds once differs in an expert that holds it twice.
+        """
         for expert in (a.expert for a in self.arrivals):
             for alias, stored in untied(self.base, expert):
                 if tensor_digest(expert, alias) != tensor_digest(expert, stored):
                     raise TensorError(f"{alias} and {stored} are one tensor in the base, and differ in {expert.ref}")
-        writer = next_generation(self.state, self.ledger, self._slot_infos())
+        writer = next_generation(self.state, self.ledger, self._slot_infos(), shard_bytes)
         try:
-            jobs = self._jobs(open_sums(self.state, self.ledger, self._slot_infos()), writer)
-            outcomes = run_jobs(jobs, threads=threads, progress=progress)
+            yield writer
         except BaseException:
             writer.abort()
             raise
+
+    def slots(self, name: str) -> tuple[str, ...]:
+        """Names on disk of a tensor's slots; none for a tensor that is not merged."""
+        return tuple(f"{s}/{name}" for s in self.kind.slot_shapes(self.record.roles[name], self.record.shapes[name]))
+
+    def jobs(self, writer: CheckpointWriter | PlacedWriter | None = None) -> list[Job[Outcome]]:
+        """The work, a job a tensor, independent of each other; without a writer they only tell their sizes."""
+        sums = open_sums(self.state, self.ledger, self._slot_infos())
+        item = ITEM_BYTES[self.ledger.sums_dtype]
+        jobs = []
+        for name, role in self.record.roles.items():
+            info = self.base.infos[name]
+            slot_bytes = item * sum(prod(s) for s in self.kind.slot_shapes(role, info.shape).values())
+            float64 = self.ledger.float64 or info.dtype == "F64"
+            if role in ("exact", "fixed"):
+                needs = 2 * info.nbytes
+            elif self.kind.chunked(role, info.shape):
+                needs = chunk_elements(info.shape) * (72 if float64 else 48)
+            else:
+                needs = self.kind.fold_bytes(role, info.shape, float64=float64)
+            run = partial(self._fold_tensor, name, role, sums, writer)
+            jobs.append(Job(name, run, needs, 2 * info.nbytes * len(self.arrivals) + 2 * slot_bytes))
+        return jobs
+
+    def result(self, writer: CheckpointWriter, outcomes: Mapping[str, Outcome]) -> Result:
+        """What the pass gives, of what the jobs of all tensors saw."""
         merged = [
             x for name, role in self.record.roles.items() if role in NORMED for x in outcomes[name].merged_squares
         ]
@@ -165,7 +201,7 @@ class Pass:
 
     def _seen(self, i: int, outcomes: Mapping[str, Outcome]) -> Seen:
         expert, found = self.arrivals[i].expert, self.arrivals[i].found
-        tensors = {name: outcomes[name].experts[i].hash.hexdigest() for name in found}
+        tensors = {name: outcomes[name].experts[i].digest for name in found}
         roles = {name: self.record.roles[name] for name in found}
         normed = [name for name, role in roles.items() if role in NORMED]
         # Norm weights near 1 would hide that two networks have nothing in common: only matrices tell.
@@ -184,30 +220,15 @@ class Pass:
     def _slot_infos(self) -> dict[str, TensorInfo]:
         return self.kind.expected_slots(self.record, self.ledger.sums_dtype)
 
-    def _jobs(self, sums: CheckedSums | None, writer: CheckpointWriter | None) -> list[Job[Outcome]]:
-        item = ITEM_BYTES[self.ledger.sums_dtype]
-        jobs = []
-        for name, role in self.record.roles.items():
-            info = self.base.infos[name]
-            slot_bytes = item * sum(prod(s) for s in self.kind.slot_shapes(role, info.shape).values())
-            float64 = self.ledger.float64 or info.dtype == "F64"
-            if role in ("exact", "fixed"):
-                needs = 2 * info.nbytes
-            elif self.kind.chunked(role, info.shape):
-                needs = chunk_elements(info.shape) * (72 if float64 else 48)
-            else:
-                needs = self.kind.fold_bytes(role, info.shape, float64=float64)
-            run = partial(self._fold_tensor, name, role, sums, writer)
-            jobs.append(Job(name, run, needs, 2 * info.nbytes * len(self.arrivals) + 2 * slot_bytes))
-        return jobs
-
-    def _fold_tensor(self, name: str, role: Role, sums: CheckedSums | None, writer: CheckpointWriter | None) -> Outcome:
+    def _fold_tensor(
+        self, name: str, role: Role, sums: CheckedSums | None, writer: CheckpointWriter | PlacedWriter | None
+    ) -> Outcome:
         assert writer is not None
         base, readings = Reading(), tuple(Reading() for _ in self.arrivals)
         if role in ("exact", "fixed"):
             for arrival, reading in zip(self.arrivals, readings, strict=True):
                 self._compare_exact(arrival, name, reading)
-            return Outcome(base, readings)
+            return Outcome(base.ended(), tuple(r.ended() for r in readings))
         shape, squares = self.base.infos[name].shape, []
         slots = self.kind.slot_shapes(role, shape)
         whole = not self.kind.chunked(role, shape)
@@ -229,7 +250,7 @@ class Pass:
             raise StateError(
                 f"{name} of the base {self.base.ref} has changed since init", "put the original base back, or init anew"
             )
-        return Outcome(base, readings, tuple(squares))
+        return Outcome(base.ended(), tuple(r.ended() for r in readings), tuple(squares))
 
     def _updated(self, name: str, role: Role, state: Slots, d: Tensor, arrival: Arrival) -> Slots:
         """The slots after one change, in their type on disk."""

@@ -2,7 +2,7 @@
 
     STATE/ledger.json      who is in, with what settings; replacing it is the commit
     STATE/base.json        digests and roles of the base's tensors, written once
-    STATE/sums-00007/      the slots of generation 7, an ordinary checkpoint
+    STATE/sums-00007/      the slots of generation 7, an ordinary checkpoint; those of one tensor lie in one file
 
 A new generation is written beside the old one and becomes real when the ledger names it; whatever the ledger does not
 name is rubbish of an interrupted run, which the next writer removes.
@@ -22,7 +22,7 @@ from pathlib import Path
 from torch import Tensor
 
 from merganser.checkpoints.folder import open_folder
-from merganser.checkpoints.writer import RECEIPT_NAME, CheckpointWriter
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, RECEIPT_NAME, CheckpointWriter
 from merganser.continual.ledger import LEDGER_NAME, Ledger, read_ledger, write_record
 from merganser.errors import CheckpointError, OutputError, StateError
 from merganser.numerics import raw_bytes
@@ -122,9 +122,17 @@ def open_sums(state: Path, ledger: Ledger, expected: Mapping[str, TensorInfo]) -
     return CheckedSums(folder, expected)
 
 
-def next_generation(state: Path, ledger: Ledger, infos: Mapping[str, TensorInfo]) -> CheckpointWriter:
-    """A writer of the generation behind the ledger's."""
-    return CheckpointWriter(state / f"sums-{ledger.generation + 1:05d}", infos, stem="sums")
+def next_generation(
+    state: Path, ledger: Ledger, infos: Mapping[str, TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> CheckpointWriter:
+    """A writer of the generation behind the ledger's, whose files hold all slots of a tensor or none."""
+    return CheckpointWriter(
+        state / f"sums-{ledger.generation + 1:05d}",
+        infos,
+        stem="sums",
+        shard_bytes=shard_bytes,
+        together=lambda slot: slot.partition("/")[2],
+    )
 
 
 def advance(state: Path, before: Ledger, after: Ledger) -> None:

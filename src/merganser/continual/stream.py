@@ -103,7 +103,7 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
             return None
         try:
             result = job.run()
-            if job.peak_bytes > KEPT_BLOCK:
+            if job.peak_bytes > KEPT_ROOM:
                 give_memory_back()
         except BaseException:
             stop.set()
@@ -128,7 +128,9 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
 # Large tensors in huge pages: less time in page faults. torch reads this once, before its first large allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 #: Within a job, freed blocks up to this many bytes are kept for the next ones of the same size.
-KEPT_BLOCK = 3 << 20
+KEPT_BLOCK = 4 << 20
+#: Memory of a job that takes no more than this is kept for the next job.
+KEPT_ROOM = 1 << 26
 
 
 def _allocator() -> Callable[[], object]:

@@ -14,71 +14,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory
-from merganser.continual.stream import Progress, usable_threads
+from merganser.continual.stream import Progress
 from merganser.errors import ParameterError
 from merganser.merging.adapter_plan import AdapterMerge
-from merganser.merging.cluster_jobs import (
-    ATTEMPTS,
-    PATIENCE_S,
-    Machine,
-    Part,
-    Workers,
-    chosen_threads,
-    coordinate,
-    part_count,
-    places_for,
-    split,
-)
-from merganser.merging.cluster_work import Each, Failure, Work, Written, measure_part, write_part
+from merganser.merging.cluster_jobs import Part
+from merganser.merging.cluster_tasks import Handout, Limits, Tasks, threads_of
+from merganser.merging.cluster_work import Each, Work, Written, measure_part, write_part
+from merganser.merging.cluster_worker import Failure
 from merganser.merging.merged import Merged
 from merganser.merging.recipe import Recipe
 from merganser.merging.run import finish, fitting_threads, key_of, open_writer, peak_bytes, plan_any
 from merganser.merging.vocabulary_rows import unwrapped
-
-#: Memory in bytes that Python and torch take in every task.
-BASE_BYTES = 500_000_000
-
-
-class Tasks(Workers, Protocol):
-    """Workers that run functions: Ray's (`cluster_ray.py`), or this process."""
-
-    @property
-    def machines(self) -> Sequence[Machine]:
-        """Those that are there."""
-        ...
-
-    def share(self, value: Any) -> Any:
-        """Make a value known to all tasks; what is returned is handed to `start` in its place."""
-        ...
-
-    def start(self, task: Callable[..., Any], *args: Any, label: str, threads: int, memory_bytes: int) -> Any:
-        """Have a function called somewhere, and return a handle."""
-        ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much a merge may take and bear.
-
-    Attributes:
-        workers: tasks at a time; None for as many as the machines have room for.
-        threads: of a task; None for one, or more where there are fewer files than processors.
-        memory_bytes: of a task beside Python and torch.
-        attempts: how often a part is given out.
-        patience_s: seconds without any sign of work after which what is under way counts as lost.
-    """
-
-    workers: int | None = None
-    threads: int | None = None
-    memory_bytes: int | None = None
-    attempts: int = ATTEMPTS
-    patience_s: float = PATIENCE_S
 
 
 def merge_on(
@@ -118,13 +69,13 @@ def merge_on(
     merged = _planned(recipes)
     with open_writer(merged, out, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as writer:
         sizes = {name: moved_bytes(merged, name) for name in writer.infos if name not in writer.done}
-        every = _Every(tasks, merged, sizes, writer.files, limits or Limits(), progress, writer)
-        shared = tasks.share(every.work(recipes, writer.folder, out))
+        handout, threads = _handout(tasks, merged, sizes, writer.files, limits or Limits(), progress, writer)
+        shared = tasks.share(_work(recipes, merged, threads, writer.folder, out))
         read: dict[str, dict[str, str]] = {}
         peaks = [peak_memory()]
 
         def start(part: Part) -> Any:
-            return every.start(write, shared, part, {name: writer.places[name] for name in part.names})
+            return handout.start(write, shared, part, {name: writer.places[name] for name in part.names})
 
         def done(part: Part, result: Written) -> None:
             for name in part.names:
@@ -133,7 +84,7 @@ def merge_on(
                 read.setdefault(ref, {}).update(digests)
             peaks.append(result.peak_bytes)
 
-        every.run(start, done)
+        handout.run(start, done)
         ordered = {ref: dict(sorted(digests.items())) for ref, digests in read.items()}
         finish(merged, writer, ordered, wall_s=time.perf_counter() - began, peak_memory_bytes=max(peaks))
     return out
@@ -164,11 +115,12 @@ def measure_on(
     """
     merged = _planned(recipes)
     sizes = {name: moved_bytes(merged, name) for name in merged.infos}
-    every = _Every(tasks, merged, sizes, {name: name for name in sizes}, limits or Limits(), progress, None)
-    shared = tasks.share(every.work(recipes, None, None))
+    files = {name: name for name in sizes}
+    handout, threads = _handout(tasks, merged, sizes, files, limits or Limits(), progress, None)
+    shared = tasks.share(_work(recipes, merged, threads, None, None))
     found: dict[str, Any] = {}
-    every.run(
-        lambda part: every.start(measure_part, shared, part, each),
+    handout.run(
+        lambda part: handout.start(measure_part, shared, part, each),
         lambda _, result: found.update(result),
     )
     return {name: found[name] for name in sizes}
@@ -228,74 +180,36 @@ def _planned(recipes: Sequence[Recipe]) -> Merged:
     return merged
 
 
-class _Every:
-    """What the phases share: how many tasks of which size, and how they are seen through."""
+def _handout(
+    tasks: Tasks,
+    merged: Merged,
+    sizes: Mapping[str, int],
+    files: Mapping[str, str],
+    limits: Limits,
+    progress: Progress | None,
+    writer: CheckpointWriter | None,
+) -> tuple[Handout, int]:
+    """The work of a merge for the tasks, and how many threads each has."""
+    threads = threads_of(tasks, limits, len({files[name] for name in sizes}))
+    threads = fitting_threads(merged, threads, limits.memory_bytes)
+    return Handout(
+        tasks,
+        sizes,
+        files,
+        threads=threads,
+        peak_bytes=peak_bytes(merged, threads),
+        limits=limits,
+        progress=progress,
+        folder=writer.folder if writer is not None else None,
+    ), threads
 
-    def __init__(
-        self,
-        tasks: Tasks,
-        merged: Merged,
-        sizes: Mapping[str, int],
-        files: Mapping[str, str],
-        limits: Limits,
-        progress: Progress | None,
-        writer: CheckpointWriter | None,
-    ) -> None:
-        self._tasks, self._merged, self._limits, self._progress = tasks, merged, limits, progress
-        self._folder = writer.folder if writer is not None else None
-        machines = tasks.machines
-        threads = limits.threads
-        if threads is None:
-            threads = chosen_threads(machines, len({files[name] for name in sizes}))
-        self._threads = fitting_threads(merged, usable_threads(threads), limits.memory_bytes)
-        self._memory_bytes = BASE_BYTES + peak_bytes(merged, self._threads)
-        places = places_for(machines, self._threads, self._memory_bytes)
-        self._parts = split(sizes, files, part_count(sum(sizes.values()), limits.workers or places))
-        self._window = limits.workers or 2 * places  # one waits behind each, so that none is idle
 
-    def work(self, recipes: Sequence[Recipe], folder: Path | None, target: Path | None) -> Work:
-        """What all tasks must know."""
-        return Work(
-            tuple(recipes),
-            key_of(self._merged),
-            os.getcwd(),
-            str(folder.absolute()) if folder is not None else "",
-            str(target) if target is not None else "",
-            self._threads,
-        )
-
-    def start(self, task: Callable[..., Any], shared: Any, part: Part, *args: Any) -> Any:
-        """Give a part out."""
-        return self._tasks.start(
-            task, shared, part, *args, label=part.label, threads=self._threads, memory_bytes=self._memory_bytes
-        )
-
-    def run(self, start: Callable[[Part], Any], done: Callable[[Part, Any], None]) -> None:
-        """See all parts done; a task's error is raised here as what it is."""
-        total, moved = sum(part.size for part in self._parts), 0
-
-        def taken(part: Part, result: Any) -> None:
-            nonlocal moved
-            if isinstance(result, Failure):
-                raise result.error()
-            done(part, result)
-            moved += part.size
-            if self._progress is not None:
-                self._progress(moved, total)
-
-        coordinate(
-            self._parts,
-            self._tasks,
-            start,
-            taken,
-            window=self._window,
-            attempts=self._limits.attempts,
-            patience_s=self._limits.patience_s,
-            sign=self._sign,
-        )
-
-    def _sign(self, parts: Sequence[Part]) -> object:
-        """When the files under way were last written to: it changes with every chunk."""
-        if self._folder is None:
-            return None
-        return [(self._folder / file).stat().st_mtime_ns for part in parts for file in part.files]
+def _work(recipes: Sequence[Recipe], merged: Merged, threads: int, folder: Path | None, target: Path | None) -> Work:
+    return Work(
+        tuple(recipes),
+        key_of(merged),
+        os.getcwd(),
+        str(folder.absolute()) if folder is not None else "",
+        str(target) if target is not None else "",
+        threads,
+    )

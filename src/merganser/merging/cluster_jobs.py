@@ -1,4 +1,4 @@
-"""How a merge is cut into parts for many workers, and how one coordinator sees them all done: no Ray, no file.
+"""How work is cut into parts for many workers, and how one coordinator sees them all done: no Ray, no file.
 
 A part is a run of whole output files, so no two workers ever write to one file. The coordinator keeps a bounded number
 of parts under way, the largest first; a part whose worker died is given out again, so many times; a silence of all
@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from merganser.errors import ClusterError, ParameterError
 
-#: How often a part is given out before the merge is given up.
+#: How often a part is given out before the work is given up.
 ATTEMPTS = 4
 #: Seconds without any sign of work after which what is under way counts as lost.
 PATIENCE_S = 3600.0
@@ -87,7 +87,7 @@ def split(sizes: Mapping[str, int], files: Mapping[str, str], count: int) -> tup
 
 
 def part_count(total: int, workers: int) -> int:
-    """How many parts to cut a merge of so many bytes into, about.
+    """How many parts to cut work of so many bytes into, about.
 
     >>> part_count(10**9, 8), part_count(10**12, 8)
     (32, 50)
@@ -207,7 +207,7 @@ def coordinate(
         if given[part.number] >= attempts:
             raise ClusterError(
                 f"{part.label} was given to {attempts} workers one after the other and lost each time: {why}",
-                "if memory ran out, --memory or a smaller --shard-bytes makes tasks smaller",
+                "if memory ran out, fewer --threads take less of it",
             )
         waiting.appendleft(part)
 

@@ -6,21 +6,17 @@ plans for itself, from the same files, and refuses to go on if that is not the p
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from merganser import errors
 from merganser.checkpoints.placed import Place, PlacedWriter
-from merganser.checkpoints.writer import peak_memory, sync
+from merganser.checkpoints.writer import peak_memory
 from merganser.continual.stream import Job, run_jobs
-from merganser.errors import ClusterError, MerganserError, OutputError
 from merganser.merging.cluster_jobs import Part
+from merganser.merging.cluster_worker import Failure, attempted, flush, refuse_missing, refuse_other
 from merganser.merging.merged import Merged
 from merganser.merging.recipe import Recipe
 from merganser.merging.run import digests_of, files_of, job_bytes, key_of, plan_recipes, write_tensor
@@ -66,26 +62,6 @@ class Written:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An error of a task, as plain words, so that it is raised where the merge was asked for.
-
-    Attributes:
-        kind: name of the class in `merganser.errors`.
-        message: what and where, with the machine.
-        hint: what to do.
-    """
-
-    kind: str
-    message: str
-    hint: str | None
-
-    def error(self) -> MerganserError:
-        """The error."""
-        kind: type[MerganserError] = getattr(errors, self.kind, ClusterError)
-        return kind(self.message, self.hint)
-
-
 def write_part(work: Work, part: Part, places: Mapping[str, Place]) -> Written | Failure:
     """Merge the tensors of a part into their places, and have them on disk.
 
@@ -97,21 +73,13 @@ def write_part(work: Work, part: Part, places: Mapping[str, Place]) -> Written |
 
     def write(merged: Merged) -> Written:
         folder = Path(work.folder)
-        if missing := [file for file in part.files if not (folder / file).is_file()]:
-            raise ClusterError(
-                f"{folder / missing[0]} is not there",
-                "models and output must lie on a file system that all machines see, at the same paths",
-            )
+        refuse_missing(folder, part.files)
         writer = PlacedWriter(folder, Path(work.target), places)
         jobs = [
             Job(name, partial(write_tensor, merged, writer, name), job_bytes(merged, name), 0) for name in part.names
         ]
         run_jobs(jobs, threads=work.threads)
-        try:
-            for file in part.files:
-                sync(folder / file)
-        except OSError as error:
-            raise OutputError(f"{work.target} cannot be written: {error.strerror}") from error
+        flush(folder, part.files, Path(work.target))
         read = {ref: digests_of(source) for ref, source in files_of(merged.plan).items()}
         return Written(writer.digests(), read, peak_memory())
 
@@ -135,31 +103,9 @@ def measure_part(work: Work, part: Part, each: Each) -> dict[str, Any] | Failure
 
 
 def _attempted(work: Work, part: Part, do: Callable[[Merged], T]) -> T | Failure:
-    host = socket.gethostname()
-    try:
-        with _working_in(work.cwd):
-            merged = plan_recipes(work.recipes)
-            if key_of(merged) != work.key:
-                raise ClusterError(
-                    "other files, or another version of merganser, than where the merge was begun",
-                    "all machines need the same version, and the same models at the same paths",
-                )
-            return do(merged)
-    except MerganserError as error:
-        return Failure(type(error).__name__, f"{error.message} (on {host})", error.hint)
-    except Exception as error:
-        return Failure(
-            "ClusterError", f"{part.label} failed with {type(error).__name__}: {error} (on {host})", None
-        )  # a defect, of ours or of what we use: its kind and words, not its trace
+    def planned() -> T:
+        merged = plan_recipes(work.recipes)
+        refuse_other(key_of(merged), work.key)
+        return do(merged)
 
-
-@contextmanager
-def _working_in(folder: str) -> Iterator[None]:
-    """Relative references mean what they mean to the one who asked; where they cannot, opening them says so."""
-    before = os.getcwd()
-    with suppress(OSError):
-        os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+    return attempted(work.cwd, part.label, planned)

@@ -53,6 +53,27 @@ def test_losses_and_accuracies_are_those_of_the_networks_between() -> None:
     assert all(torch.equal(x, before[n]) for n, x in one.state_dict().items())
 
 
+class Phases(nn.Module):
+    """Logits are the real part of a product with complex numbers."""
+
+    def __init__(self, phase: Tensor) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(phase)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.phase.dtype) @ self.phase).real
+
+
+def test_complex_parameters_lie_on_the_line_as_well() -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(4, 3, dtype=torch.complex128, generator=generator) for _ in range(2))
+    given = examples()
+    line = loss_line(Phases(a), {"phase": a}, {"phase": b}, given, points=3)
+    middle = [(((x @ ((a + b) / 2).real).log_softmax(-1)), y) for ((x,), _), y in given]
+    expected = -sum(float(logs[range(20), y].sum()) for logs, y in middle) / 60
+    assert line.losses[1] == pytest.approx(expected, rel=1e-12)
+
+
 def test_the_barrier_is_the_largest_rise_above_the_line_between_the_ends() -> None:
     assert Line((0, 0.25, 0.5, 0.75, 1), (1.0, 2.0, 4.0, 5.0, 3.0), (0,) * 5, 1).barrier == (2.5, 0.75)
     assert Line((0, 0.5, 1), (1.0, 0.5, 1.0), (0,) * 3, 1).barrier[0] == 0  # a valley has none

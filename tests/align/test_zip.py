@@ -21,8 +21,11 @@ def draw(total: int, seed: int) -> Tensor:
     return torch.corrcoef(x)
 
 
-def plain(similarity: Tensor, networks: int, repeat: float, within: float) -> list[set[int]] | None:
-    """As the words say it: look at all pairs, join the best, again. None where no pair is left."""
+def plain(similarity: Tensor, networks: int, repeat: float, within: float) -> list[set[int]]:
+    """As the words say it: look at all pairs, join the best, again.
+
+    Where joins within networks are limited, n clusters of units of several networks are begun and no more.
+    """
     total = len(similarity)
     n = total // networks
     clusters: dict[int, set[int]] = {i: {i} for i in range(total)}
@@ -34,13 +37,20 @@ def plain(similarity: Tensor, networks: int, repeat: float, within: float) -> li
             if i // n == j // n == k:
                 s[frozenset((i, j))] = -inf
 
+    def of(i: int) -> set[int]:
+        return {unit // n for unit in clusters[i]}
+
+    def likeness(pair: tuple[int, int]) -> float:
+        begins = len(of(pair[0])) == len(of(pair[1])) == 1 and of(pair[0]) != of(pair[1])
+        return -inf if begins and full else s[frozenset(pair)]
+
     for k in range(networks):
         if not budget[k]:
             close(k)
     while len(clusters) > n:
-        i, j = max(itertools.combinations(sorted(clusters), 2), key=lambda p: s[frozenset(p)])
-        if s[frozenset((i, j))] == -inf:
-            return None
+        full = within < 1 and sum(len(of(i)) > 1 for i in clusters) == n
+        i, j = max(itertools.combinations(sorted(clusters), 2), key=likeness)
+        assert s[frozenset((i, j))] > -inf
         clusters[i] |= clusters.pop(j)
         for k in clusters:
             if k != i:
@@ -53,17 +63,19 @@ def plain(similarity: Tensor, networks: int, repeat: float, within: float) -> li
     return [clusters[i] for i in sorted(clusters)]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(2, 3), st.integers(1, 8), st.floats(0.05, 1), st.floats(0, 1), st.integers(0, 1000))
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(2, 4),
+    st.integers(1, 7),
+    st.floats(0.05, 1),
+    st.one_of(st.just(0.0), st.floats(0, 1)),
+    st.integers(0, 1000),
+)
 def test_the_fast_way_joins_what_the_plain_way_joins(
     n: int, size: int, repeat: float, within: float, seed: int
 ) -> None:
     similarity = draw(n * size, seed) if n * size > 1 else torch.ones(1, 1)
     expected = plain(similarity, n, repeat, within)
-    if expected is None:
-        with pytest.raises(ParameterError, match="no pair is left"):
-            zip_units(similarity, n, repeat=repeat, within=within)
-        return
     labels = zip_units(similarity, n, repeat=repeat, within=within)
     found = [set(torch.nonzero(labels == c).flatten().tolist()) for c in range(size)]
     assert found == expected
@@ -89,9 +101,23 @@ def test_pairs_across_networks_alone_are_an_assignment() -> None:
     assert torch.equal(labels[9:][column], labels[:9])
 
 
-def test_no_join_within_a_network_where_none_is_allowed() -> None:
-    labels = zip_units(draw(20, 3), 2, within=0).reshape(2, 10)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("networks", [2, 3, 4, 5])
+def test_no_join_within_a_network_where_none_is_allowed(networks: int, seed: int) -> None:
+    """Every cluster has one unit of every network, also of three or more."""
+    labels = zip_units(draw(10 * networks, seed), networks, within=0).reshape(networks, 10)
     assert all(sorted(mine.tolist()) == list(range(10)) for mine in labels)
+
+
+def test_several_permuted_networks_are_paired_unit_by_unit_across_networks_alone() -> None:
+    """Three networks of the same units in other orders: each cluster is one unit in all of them."""
+    x = torch.randn(12, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    orders = [torch.randperm(12, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    noise = 0.1 * torch.randn(3, 12, 40, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    units = torch.cat([(x + e)[order] for e, order in zip(noise, orders, strict=True)])
+    labels = zip_units(torch.corrcoef(units), 3, within=0).reshape(3, 12)
+    for mine, order in zip(labels, orders, strict=True):
+        assert torch.equal(mine[order.argsort()], labels[0][orders[0].argsort()])
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,16 @@ def test_copies_in_another_order_are_zipped_into_the_network(shop: Path, run: Ru
     assert (shop / "out" / "config.json").is_file()
 
 
+def test_three_networks_are_zipped_without_a_join_within_any(shop: Path, run: Run) -> None:
+    """Every unit is then the mean of three, one of each, and the units' sum is the mean of the three sums."""
+    generator = torch.Generator().manual_seed(5)
+    c = {n: torch.randn(x.shape, generator=generator) for n, x in load_file(shop / "a" / "model.safetensors").items()}
+    save_file(c, shop / "c.safetensors")
+    assert run(*words(shop, "a", "b", "c.safetensors"), "--within", "0", "-q") == (0, "", "")
+    a, b, merged = (load_file(shop / name / "model.safetensors")["0.bias"].double() for name in ("a", "b", "out"))
+    assert torch.allclose(merged.sum(), (a + b + c["0.bias"].double()).sum() / 3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("checkpoints", "change", "message"),
     [

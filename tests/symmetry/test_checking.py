@@ -142,7 +142,13 @@ def places_in_float32(it: Network, h: Tensor) -> Tensor:
     return torch.outer(t[:, 0], torch.ones(1)).matmul(torch.ones(1, 24)).sin() + h.to(torch.float32)
 
 
-@pytest.mark.parametrize(("formula", "inputs"), [(cast_down, vectors), (places_in_float32, sequences)])
+def complex_in_few_bits(it: Network, h: Tensor) -> Tensor:
+    return (h.to(torch.complex64) * torch.full((24,), 0.5, dtype=torch.complex64)).abs()
+
+
+@pytest.mark.parametrize(
+    ("formula", "inputs"), [(cast_down, vectors), (places_in_float32, sequences), (complex_in_few_bits, vectors)]
+)
 def test_networks_that_cast_to_fewer_bits_are_checked_in_float64(
     formula: Callable[..., Tensor], inputs: Callable[[], Tensor]
 ) -> None:

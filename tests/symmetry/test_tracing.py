@@ -14,7 +14,7 @@ from tiny import Built, sequences, tiny, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from merganser.errors import ParameterError
+from merganser.errors import DtypeError, ParameterError
 from merganser.symmetry import Spec, Symmetries, symmetries
 from merganser.symmetry.record import record_run
 
@@ -151,6 +151,30 @@ def test_a_script_is_refused() -> None:
     script = torch.jit.script(nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 11)))
     with pytest.raises(ParameterError, match="TorchScript, which hides its operations\nhint: give the Python network"):
         symmetries(nn.Sequential(script), (vectors(),))
+
+
+class Turned(nn.Module):
+    """Units are multiplied by complex numbers, which are trained or not."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 11)
+        phase = torch.polar(torch.ones(24), torch.rand(24, generator=torch.Generator().manual_seed(0)))
+        if trained:
+            self.phase = nn.Parameter(phase)
+        else:
+            self.register_buffer("phase", phase, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down((self.up(x) * self.phase).abs())
+
+
+def test_complex_parameters_are_refused_by_name_and_complex_constants_are_not() -> None:
+    with pytest.raises(DtypeError, match=r"phase is complex.*\nhint: hold real and imaginary parts in one real tensor"):
+        symmetries(Turned(trained=True), (vectors(),))
+    found = symmetries(Turned(trained=False), (vectors(),))
+    assert found.unsound == ()
+    assert groups(found) == {}, "a constant that is not the same for every unit fixes them"
 
 
 def test_an_operation_without_a_rule_fixes_what_it_met_and_nothing_else() -> None:

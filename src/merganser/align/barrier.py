@@ -61,7 +61,7 @@ def loss_line(
     Args:
         network: of their architecture; left as it is.
         a: tensors at t = 0.
-        b: tensors at t = 1; what is not floating stays that of a.
+        b: tensors at t = 1; what is neither floating nor complex stays that of a.
         labelled: inputs and classes, each of shape (examples,).
         points: places, both ends among them; at least 3.
         reset: measure BatchNorm's statistics anew at every place, the ends included.
@@ -80,7 +80,9 @@ def loss_line(
     places = tuple(i / (points - 1) for i in range(points))
     found = []
     for done, t in enumerate(places, 1):
-        between.load_state_dict({n: torch.lerp(x, b[n].to(x), t) if x.is_floating_point() else x for n, x in a.items()})
+        between.load_state_dict(
+            {n: torch.lerp(x, b[n].to(x), t) if x.is_floating_point() or x.is_complex() else x for n, x in a.items()}
+        )
         if reset:
             reset_batch_norm(between, [batch for batch, _ in labelled] if measured is None else measured)
         found.append(mean_loss(between, labelled))

@@ -8,7 +8,10 @@ joins less attractive than first ones; it acts on 1 + S, so that unlike pairs do
 
     discount(s) = repeat (1 + s) - 1
 
-Each network may spend at most `within` of its share of joins, (N n - n) / N, on pairs of its own units.
+Each network may spend at most `within` of its share of joins, (N n - n) / N, on pairs of its own units; with none,
+every cluster takes one unit of each network. From three networks on, greedy joins under such a limit could end with
+more than n clusters of which no two may join. So where n clusters hold units of several networks, no further one is
+begun: then every other cluster fits one of them, since n of them and itself would hold n + 1 units of its network.
 
 Source: Stoica et al. 2023, arXiv:2305.03053, algorithm 2 (ZipIt). There the discount multiplies s itself, which raises
 negative similarities, and the budget is looked at only after the first join within a network.
@@ -53,13 +56,13 @@ def zip_units(similarity: Tensor, networks: int, *, repeat: float = 0.5, within:
     budget = np.full(networks, int((total - n) // networks * within))
     for k in np.flatnonzero(budget == 0):
         _forbid(s, owner == k)
+    mixed = _Mixed(owner, n if within < 1 else total)
     cluster = np.arange(total)  # union-find, flat: the first unit of every unit's cluster
     best = s.argmax(1)
     values = s[np.arange(total), best]
     for _ in range(total - n):
         i = int(values.argmax())
-        if values[i] == -np.inf:
-            raise ParameterError("no pair is left to join", "let networks join units of their own: within above 0")
+        assert values[i] > -np.inf, "no pair is left to join"
         i, j = sorted((i, int(best[i])))
         cluster[cluster == j] = i
         joined = repeat * (1 + np.minimum(s[i], s[j])) - 1
@@ -73,8 +76,38 @@ def zip_units(similarity: Tensor, networks: int, *, repeat: float = 0.5, within:
                 mine = owner == owner[i]
                 _forbid(s, mine)
                 stale |= mine
-        _refresh(s, best, values, stale, i, j)
+        stale |= mixed.note(i, j)
+        _refresh(s, best, values, stale, i, j, mixed)
     return torch.from_numpy(np.unique(cluster, return_inverse=True)[1].reshape(-1).astype(np.int64))
+
+
+class _Mixed:
+    """Clusters of units of several networks: whether another may be begun."""
+
+    def __init__(self, owner: npt.NDArray[np.intp], most: int) -> None:
+        self.owner, self.most = owner, most
+        self.pure = np.ones(len(owner), dtype=bool)
+        self.begun = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether as many are there as may be."""
+        return self.begun == self.most
+
+    def note(self, i: int, j: int) -> npt.NDArray[np.bool_]:
+        """Note that j was joined to i; rows that this changes."""
+        before = self.full
+        same = self.pure[i] and self.pure[j] and self.owner[i] == self.owner[j]
+        self.begun += 0 if same else int(self.pure[i]) + int(self.pure[j]) - 1
+        self.pure[i], self.pure[j] = same, False
+        return self.pure.copy() if before != self.full else np.zeros(len(self.pure), dtype=bool)
+
+    def seen(self, s: npt.NDArray[np.float64], rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        """Rows of the similarities, without pairs that would begin one too many."""
+        if not self.full:
+            return s[rows]
+        begins = self.pure[rows][:, None] & self.pure & (self.owner[rows][:, None] != self.owner)
+        return np.where(begins, -np.inf, s[rows])
 
 
 def _forbid(s: npt.NDArray[np.float64], mine: npt.NDArray[np.bool_]) -> None:
@@ -88,11 +121,14 @@ def _refresh(
     stale: npt.NDArray[np.bool_],
     i: int,
     j: int,
+    mixed: _Mixed,
 ) -> None:
     """Best partners anew where they may have changed; the first of equally good ones, as a whole search would find."""
     stale[[i, j]] = True
     rows = np.flatnonzero(stale)
-    best[rows] = s[rows].argmax(1)
-    values[rows] = s[rows, best[rows]]
-    better = ~stale & ((s[:, i] > values) | ((s[:, i] == values) & (i < best)))
-    best[better], values[better] = i, s[better, i]
+    now = mixed.seen(s, rows)
+    best[rows] = now.argmax(1)
+    values[rows] = now[np.arange(len(rows)), best[rows]]
+    column = mixed.seen(s, np.array([i]))[0]
+    better = ~stale & ((column > values) | ((column == values) & (i < best)))
+    best[better], values[better] = i, column[better]

@@ -23,7 +23,8 @@ def barrier(
     model: Annotated[
         str,
         typer.Option(
-            metavar="MODEL", help="What they are weights of: a folder with a config.json, or code: FILE:NAME."
+            metavar="MODEL",
+            help="What they are weights of: a folder with a config.json, FILE.pt2, or code: FILE:NAME.",
         ),
     ],
     labelled: Annotated[

@@ -19,7 +19,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A folder with a config.json, or code that gives a network: package.module:name, path/file.py:name.",
+        help="A folder with a config.json, a program of torch.export (FILE.pt2), or code that gives a network: "
+        "package.module:name, path/file.py:name.",
     ),
 ]
 Input = Annotated[

@@ -19,7 +19,8 @@ def zip_(
     model: Annotated[
         str,
         typer.Option(
-            metavar="MODEL", help="What they are weights of: a folder with a config.json, or code: FILE:NAME."
+            metavar="MODEL",
+            help="What they are weights of: a folder with a config.json, FILE.pt2, or code: FILE:NAME.",
         ),
     ],
     batches: Annotated[

@@ -17,7 +17,11 @@ from merganser.symmetry.record import Output, copied, tensors_of
 from merganser.symmetry.spec import Spec
 
 TOLERANCE = 1e-9
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
+#: Numbers of less than double precision, and what they become.
+NARROW = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 
 
 class InDouble(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -36,11 +40,11 @@ def _grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def _widened(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.dtype in NARROW else _widened_type(x)
+    return x.to(NARROW[x.dtype]) if isinstance(x, Tensor) and x.dtype in NARROW else _widened_type(x)
 
 
 def _widened_type(x: Any) -> Any:
-    return torch.float64 if isinstance(x, torch.dtype) and x in NARROW else x
+    return NARROW.get(x, x) if isinstance(x, torch.dtype) else x
 
 
 def failing(

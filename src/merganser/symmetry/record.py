@@ -1,7 +1,10 @@
 """Record one run of a network: which operation made which tensor from which, down to ATen.
 
-The run may be on any device, `meta` included, where no weight needs memory. A network that torch.export can take apart
-may be recorded from the exported graph instead; both give the same kind of record.
+The run may be on any device, `meta` included, where no weight needs memory.
+
+A run is recorded rather than the graph of torch.export: that graph is the record of one run, too, on the same inputs
+and with the same sizes, and it refuses networks whose way depends on numbers. Here those are recorded as well; what
+they may have left out is in `Record.branches`. A program that was exported is run and recorded like any network.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from merganser.errors import ParameterError
+from merganser.errors import DtypeError, ParameterError
 
 #: Where a tensor comes from.
 Origin = Literal["parameter", "buffer", "input", "constant", "activation"]
@@ -145,7 +148,14 @@ def record_run(
 
     Raises:
         ParameterError: If the network is a script, whose modules cannot be looked into.
+        DtypeError: If a parameter is complex.
     """
+    for name, x in network.named_parameters():
+        if x.is_complex():  # nothing that compares, moves and merges units knows these numbers
+            raise DtypeError(
+                f"{name} is complex; what units such parameters have is not found",
+                "hold real and imaginary parts in one real tensor: torch.view_as_real",
+            )
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise ParameterError("the network is TorchScript, which hides its operations", "give the Python network")
     network = copied(network)

@@ -68,8 +68,9 @@ class Pair:
     def moments(self, layers: Sequence[str] | None = None) -> dict[str, Joint]:
         return joint_moments(self.one, self.two, self.batches, layers=layers)
 
-    def values(self, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
-        return unit_values(self.spec, self.a, self.b, self.moments(layers), tuple(self.spec.groups), ridge=self.ridge)
+    def values(self, layers: Sequence[str] | None = None, share: float = 0.5) -> dict[str, Tensor]:
+        groups = tuple(self.spec.groups)
+        return unit_values(self.spec, self.a, self.b, self.moments(layers), groups, ridge=self.ridge, share=share)
 
     def rows(self, name: str) -> tuple[Tensor, Tensor]:
         """What a layer takes in, unfolded, in both networks."""
@@ -100,29 +101,31 @@ def left_by_least_squares(x: Tensor, y: Tensor) -> float:
     return min(plain, float(rest.square().sum()) / n * (n + p) / (n - p)) if n > p else plain
 
 
-def expected(pair: Pair, name: str, owned: Sequence[Sequence[int]]) -> Tensor:
+def expected(pair: Pair, name: str, owned: Sequence[Sequence[int]], share: float = 0.5) -> Tensor:
     """Values of the pairs that own these entries of a layer, from its rows."""
     (x, z), (v, w) = pair.rows(name), pair.layer(name)
-    y = (x @ v.T + z @ w.T) / 2
-    off = y - (x + z) / 2 @ ((v + w) / 2).T  # what the mean of both leaves
+    y, mean = (1 - share) * x @ v.T + share * z @ w.T, (1 - share) * x + share * z
+    off = y - mean @ ((1 - share) * v + share * w).T  # what the mean of both leaves
     apart = [i for own in owned for i in own]
-    left = left_by_least_squares((x + z) / 2, off)
+    left = left_by_least_squares(mean, off)
     if len(apart) < x.shape[1]:
-        error = left_by_least_squares(torch.cat([(x + z) / 2, (x - z)[:, apart]], dim=1), off)
+        error = left_by_least_squares(torch.cat([mean, (x - z)[:, apart]], dim=1), off)
         rest = [i for i in range(x.shape[1]) if i not in apart]
-        plain = ((x - z)[:, rest] @ (v - w)[:, rest].T) / 4
+        plain = share * (1 - share) * ((x - z)[:, rest] @ (v - w)[:, rest].T)
         left -= min(error, float((plain - plain.mean(0)).square().sum()) / len(x))
     alone = []
     for own in owned:
-        shown = ((x - z)[:, list(own)] @ (v - w)[:, list(own)].T) / 4
+        shown = share * (1 - share) * ((x - z)[:, list(own)] @ (v - w)[:, list(own)].T)
         alone.append(float((shown - shown.mean(0)).square().sum()) / len(x))
     power = float((y - y.mean(0)).square().sum()) / len(x)
     return torch.tensor(alone, dtype=torch.float64) / sum(alone) * left / power
 
 
-def test_values_of_a_hidden_layer_are_those_of_least_squares_on_its_rows() -> None:
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_values_of_a_hidden_layer_are_those_of_least_squares_on_its_rows(share: float) -> None:
     pair = Pair(mlp, (50, 4))
-    torch.testing.assert_close(pair.values()["0"], expected(pair, "2", [[i] for i in range(6)]), rtol=1e-6, atol=1e-12)
+    wanted = expected(pair, "2", [[i] for i in range(6)], share)
+    torch.testing.assert_close(pair.values(share=share)["0"], wanted, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,17 @@ def test_too_few_examples_are_refused_with_how_many_a_layer_has_and_needs(shop: 
     assert run(*words("a", "b", "--way", "none", "--quiet", out="none", batches="few")) == (0, "", "")
 
 
+def test_a_share_of_b_is_that_of_its_outputs(shop: Path, run: Run) -> None:
+    code, text, error = run(*words("a", "b", "--budget", "2", "--share", "0.25"))
+    assert (code, error) == (0, "")
+    assert "16           0.0000" in text
+    with torch.no_grad():
+        y = built()(inputs()).double()
+    mean = 0.75 * given(load_file("a.safetensors"), inputs()) + 0.25 * given(load_file("b.safetensors"), inputs())
+    assert torch.allclose(y, mean, atol=1e-3)
+    assert json.loads(Path("out/merganser.json").read_text())["share"] == 0.25
+
+
 def test_types_stay_those_of_the_files(shop: Path, run: Run) -> None:
     assert run(*words("half-a", "half-b", "--quiet"))[0] == 0
     assert {x.dtype for x in load_file("out/model.safetensors").values()} == {torch.float16}
@@ -261,8 +272,10 @@ def test_types_stay_those_of_the_files(shop: Path, run: Run) -> None:
         (("--preview", "--budgets", "1,3"), "a budget of 3 is not in [1, 2]"),
         (("--ridge", "-1"), "ridge is -1.0"),
         (("--target", "separate"), "--way layers"),
+        (("--share", "1"), "share is 1.0"),
         (("--apart", "7"), "there is no head 7"),
-        (("--data", "."), "--batches FILE:NAME, or --data DIR"),
+        (("--data", "."), "inputs come from one place, and --batches and --data are given"),
+        (("--noise", "50"), "inputs come from one place, and --batches and --noise are given"),
         (("--export", "out/x.pt2"), "lies in out"),
         (("--export", "x.pt"), "FILE.pt2"),
         (("--export", "nowhere/x.pt2"), "nowhere is no folder"),

@@ -148,6 +148,23 @@ def _check_heads(layers: Sequence[Layer], heads: Mapping[str, tuple[int, int]]) 
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Size of a network, and of one of its parents.
+
+    Attributes:
+        flops: of one example.
+        parameters: of the network.
+        parent_flops: of one example in A.
+        parent_parameters: of A.
+    """
+
+    flops: int
+    parameters: int
+    parent_flops: int
+    parent_parameters: int
+
+
+@dataclass(frozen=True)
 class Quadratic:
     """A cost as a polynomial of how many units of every group are apart: constant + linear s + s curved s / 2.
 

@@ -12,7 +12,8 @@ A weight has a block for what makes a unit (row) and what it is read from (colum
     B's      0            B            B
 
 Rows that no group splits count as merged, and so do columns. With all units apart the network gives the mean of both;
-with none, it is the mean of their weights.
+with none, it is the mean of their weights. Where B is to count for a share s other than 1 / 2, merged rows have 1 - s
+of A and s of B.
 
 Source: Nasery et al. 2024, arXiv:2407.02447 (PLeaS). Columns that merged rows read are halved in the last layer too, so
 that both networks count alike.
@@ -236,7 +237,15 @@ def head_of(name: str, apart_heads: Collection[str]) -> str | None:
     return module if module in apart_heads else None
 
 
-def widened(spec: Spec, name: str, a: Tensor, b: Tensor, splits: Splits, apart_heads: Collection[str] = ()) -> Tensor:
+def widened(
+    spec: Spec,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    splits: Splits,
+    apart_heads: Collection[str] = (),
+    share: float = 0.5,
+) -> Tensor:
     """A tensor of the wider network.
 
     Args:
@@ -246,6 +255,7 @@ def widened(spec: Spec, name: str, a: Tensor, b: Tensor, splits: Splits, apart_h
         b: the second's, in the order of the first.
         splits: of groups.
         apart_heads: modules whose outputs stay apart: all of A's, then all of B's, which may be more or fewer.
+        share: of B in what is merged.
 
     Returns:
         Of a's type; where it is no floating one, A's entries, and B's in B's own places.
@@ -261,7 +271,7 @@ def widened(spec: Spec, name: str, a: Tensor, b: Tensor, splits: Splits, apart_h
     else:
         axis = head_axis(spec, name) if head else 0
         laid = layout(spec, name, splits, (a.shape[axis], b.shape[axis]) if head else None)
-    first, second = coefficients(laid)
+    first, second = coefficients(laid, share)
     a, b = taken(a, laid, Side.SECOND), taken(b, laid, Side.FIRST)
     if not (a.is_floating_point() or a.is_complex()):
         zero = torch.zeros((), dtype=a.dtype)
@@ -269,13 +279,20 @@ def widened(spec: Spec, name: str, a: Tensor, b: Tensor, splits: Splits, apart_h
     return (first.to(a.device) * a + second.to(b.device) * b).to(a.dtype)  # in float64, as shares are
 
 
-#: Share of A's entry and of B's, by the side of the row and that of the column, as `Side` counts them.
-_OF_FIRST = torch.tensor([[0.5, 0.5, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-_OF_SECOND = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+def _shares(share: float) -> tuple[Tensor, Tensor]:
+    """Of A's entry and of B's, by the side of the row and that of the column, as `Side` counts them."""
+    rest = 1 - share
+    first, second = [[rest, rest, 0], [1, 1, 0], [0, 0, 0]], [[share, 0, share], [0, 0, 0], [1, 0, 1]]
+    return torch.tensor(first, dtype=torch.float64), torch.tensor(second, dtype=torch.float64)
 
 
-def coefficients(laid: Layout) -> tuple[Tensor, Tensor]:
-    """Share of A's entry and of B's in every entry of a tensor, float64, of a shape that broadcasts to it."""
+def coefficients(laid: Layout, share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Share of A's entry and of B's in every entry of a tensor, float64, of a shape that broadcasts to it.
+
+    Args:
+        laid: places of its axes.
+        share: of B in what is merged.
+    """
     rank = len(laid.axes)
     row, column = (
         torch.zeros(1, dtype=torch.int64) if axis is None else laid.axes[axis].side.long()
@@ -287,7 +304,7 @@ def coefficients(laid: Layout) -> tuple[Tensor, Tensor]:
             shape[axis] = len(side)
     turned = laid.rows is not None and laid.columns is not None and laid.columns < laid.rows
     tables = []
-    for table in (_OF_FIRST, _OF_SECOND):
+    for table in _shares(share):
         block = table[row[:, None], column[None]]
         tables.append((block.T if turned else block).reshape(shape))
     return tables[0], tables[1]

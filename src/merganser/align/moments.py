@@ -135,8 +135,9 @@ def joint_moments(
 ) -> dict[str, Joint]:
     """Second moments of what the layers of two networks take in, by the layer's name.
 
-    Layers are nn.Linear, nn.Conv1d and nn.Conv2d (without groups) that are called as modules. Those that take in the
-    same tensor in the same way share one `Joint`. Both networks run in evaluation mode and are left as they are.
+    Layers are nn.Linear, nn.Conv1d and nn.Conv2d (without groups) and transformers' Conv1D that are called as modules.
+    Those that take in the same tensor in the same way share one `Joint`. Both networks run in evaluation mode and are
+    left as they are.
 
     Args:
         one: network A.

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from merganser.align.activations import Batch, activation_costs
 from merganser.align.blocks import blocked
 from merganser.align.budget import choose
-from merganser.align.cost import Quadratic, flops, parameters, quadratic
+from merganser.align.cost import Costs, Quadratic, flops, parameters, quadratic
 from merganser.align.costs import WeightCosts
 from merganser.align.layers import Layer, Measure, layers_of
 from merganser.align.layout import Split, Splits, head_axis, head_of, widened
 from merganser.align.match import Progress, match
 from merganser.align.moments import Joint, joint_groups
 from merganser.align.ran import Ran, cut, examples, layers_run
-from merganser.align.refit import Refitted, Target, refit
+from merganser.align.refit import Refitted, Target, check_share, refit
 from merganser.align.renorm import measure_batch_norm, reset_batch_norm
 from merganser.align.sensitivity import kept_apart, unit_values
 from merganser.align.separable import fault, separable
@@ -50,6 +50,7 @@ class Settings:
         way: "sequence" refits front to back on what the merged network gives; "layers" each layer by itself, on what
             its parents take in; "none" leaves the block average.
         target: with "layers": what a layer shall give.
+        share: of B in what is merged, in (0, 1): 1 / N where A is what N - 1 networks were merged into.
         ridge: pull to the block average, in [0, inf).
         measure: what the budget counts.
         multiple: channels that are kept apart at a time.
@@ -64,6 +65,7 @@ class Settings:
 
     way: Way = "sequence"
     target: Target = "averaged"
+    share: float = 0.5
     ridge: float = 1e-3
     measure: Measure = "flops"
     multiple: int = 1
@@ -81,23 +83,7 @@ class Settings:
                 raise ParameterError(f"{name} is {value!r}; it is {' or '.join(get_args(words))}")
         if not 0 <= self.ridge < inf:
             raise ParameterError(f"ridge is {self.ridge}; it is a number of at least 0")
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Size of a network, and of one of its parents.
-
-    Attributes:
-        flops: of one example.
-        parameters: of the network.
-        parent_flops: of one example in A.
-        parent_parameters: of A.
-    """
-
-    flops: int
-    parameters: int
-    parent_flops: int
-    parent_parameters: int
+        check_share(self.share, self.target)
 
 
 @dataclass(frozen=True)
@@ -215,9 +201,10 @@ class Pair:
         """What is gained by keeping each pair of each group apart, by its number."""
         spec = self.found.spec
         total = {group: torch.zeros(spec.groups[group].size, dtype=torch.float64) for group in self.groups}
-        a, b = kept_apart(self.a, self.b, self.settings.heads)
+        share = self.settings.share
+        a, b = kept_apart(self.a, self.b, self.settings.heads, share)
         for moments in self._passes():
-            for group, gains in unit_values(spec, a, b, moments, self.groups).items():
+            for group, gains in unit_values(spec, a, b, moments, self.groups, share=share).items():
                 total[group] += gains
             del moments  # before the next pass
         return total
@@ -298,7 +285,7 @@ class Pair:
         args, kwargs = self.few
         if splits and (why := fault(spec, self.one, splits, args, kwargs, self.output, seed=how.seed)):
             raise ParameterError(f"these units cannot be kept apart together: {why}", "give a smaller budget")
-        state = {n: widened(spec, n, x, self.b[n], splits, how.heads) for n, x in self.a.items()}
+        state = {n: widened(spec, n, x, self.b[n], splits, how.heads, how.share) for n, x in self.a.items()}
         record = plan(self.one, spec, splits, others(self.one, spec, state, how.heads))
         network = filled(rewidened(self.one, record), state).eval()
         done = Refitted({}, {})
@@ -314,6 +301,7 @@ class Pair:
                 sampling=how.sampling,
                 apart_heads=how.heads,
                 blends=blends,
+                share=how.share,
                 progress=self.progress,
             )
         elif how.way == "layers":
@@ -329,6 +317,7 @@ class Pair:
                     target=how.target,
                     free=self._ran.free,
                     apart_heads=how.heads,
+                    share=how.share,
                 )
                 del moments  # before the next pass
                 done |= some

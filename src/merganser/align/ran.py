@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from merganser.align.activations import Batch
+from merganser.align.orientation import is_turned, outputs_of
 from merganser.errors import ParameterError
 from merganser.symmetry.record import evaluating
 
-#: Layers that can be refitted.
+#: Layers that can be refitted, beside transformers' Conv1D.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
@@ -125,7 +126,7 @@ class _Uses(TorchFunctionMode):
 
 
 def layers_run(network: nn.Module, batch: Batch) -> Ran:
-    """Run a network once and look at its layers: nn.Linear, nn.Conv1d and nn.Conv2d.
+    """Run a network once and look at its layers: nn.Linear, nn.Conv1d, nn.Conv2d and transformers' Conv1D.
 
     Args:
         network: left as it is.
@@ -134,13 +135,13 @@ def layers_run(network: nn.Module, batch: Batch) -> Ran:
     seen, runs, uses = Ran(), Counter[str](), _Uses()
     size = max(1, examples(batch))
     normed: set[str] = set()
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LAYERS)}
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LAYERS) or is_turned(layer)}
 
     def ran(name: str, layer: nn.Module, _args: Any, y: Any) -> None:
         runs[name] += 1
         if isinstance(y, Tensor):
             uses.made[id(y)] = name, ref(y)
-            seen.places[name] = y.numel() // (size * len(layer.weight))  # type: ignore[arg-type]
+            seen.places[name] = y.numel() // (size * outputs_of(layer))
 
     def into_norm(_norm: nn.Module, args: Any) -> None:
         normed.update(name for x in args[:1] if (name := uses.of(x)) is not None)
@@ -167,7 +168,7 @@ def layers_run(network: nn.Module, batch: Batch) -> Ran:
 
 def _fault(layer: nn.Module, runs: int, owners: Counter[int]) -> str | None:
     """Why a layer cannot be refitted, if it cannot."""
-    known: Any = next(kind for kind in LAYERS if isinstance(layer, kind))
+    known: Any = next((kind for kind in LAYERS if isinstance(layer, kind)), type(layer))
     if not runs:
         return "it does not run as a module"
     if not {"weight", "bias"} <= layer._parameters.keys():

@@ -9,8 +9,9 @@ and shall give, place by place
 
     W = argmin sum |W x - y|^2 + lambda |W - W_0|^2        W_0: the block average,  lambda = ridge mean(diag(x x^T))
 
-with the blocks that a split makes zero left at zero. Rows that read everything and A's rows share one Cholesky factor:
-with columns as [merged | A | B] A's problem is a leading block. `separate` without a split is RegMean in one order.
+with the blocks that a split makes zero left at zero; where B counts for a share s, means are those of 1 - s of A and s
+of B. Rows that read everything and A's rows share one Cholesky factor: with columns as [merged | A | B] A's problem is
+a leading block. `separate` without a split is RegMean in one order.
 
 Source: Nasery et al. 2024, arXiv:2407.02447, section 3.2 (PLeaS), there by gradient descent; Jin et al. 2023,
 arXiv:2212.09849, eq. 1 (RegMean).
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from merganser.align.layout import Layout, Places, Side, Splits, head_axis, head_of, layout
 from merganser.align.moments import Joint
+from merganser.align.orientation import inputs_first, matrix_of, weight_of
 from merganser.errors import ParameterError, ShapeError
 from merganser.numerics import product
 from merganser.symmetry import Spec
@@ -190,11 +192,15 @@ class Fit:
         rows: places of the outputs.
         columns: places of the inputs.
         taps: entries of a row for every input place: 1, or those of a kernel.
+        turned: whether the weight has its inputs first.
+        share: of B where units are merged.
     """
 
     rows: Places
     columns: Places
     taps: int
+    turned: bool = False
+    share: float = 0.5
 
     @property
     def entries(self) -> Places:
@@ -207,14 +213,14 @@ class Fit:
         side = self.rows.side
         first = _safe(a, self.rows.index, side == Side.SECOND)
         second = _safe(b, self.rows.index, side == Side.FIRST)
-        of_first, of_second = shares(side)
+        of_first, of_second = shares(side, self.share)
         blended: Tensor = of_first.to(a) * first + of_second.to(b) * second
         return blended
 
 
-def shares(side: Tensor, both: float = 0.5) -> tuple[Tensor, Tensor]:
-    """How much A and B count in places of some sides."""
-    table = torch.tensor([[both, 1.0, 0.0], [both, 0.0, 1.0]], dtype=torch.float64)
+def shares(side: Tensor, share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """How much A and B count in places of some sides, B for `share` where both do."""
+    table = torch.tensor([[1 - share, 1.0, 0.0], [share, 0.0, 1.0]], dtype=torch.float64)
     return table[0][side.long()], table[1][side.long()]
 
 
@@ -224,30 +230,39 @@ def _safe(x: Tensor, index: Tensor, absent: Tensor) -> Tensor:
 
 
 def fit_of(
-    spec: Spec, layer: str, a: Tensor, b: Tensor, splits: Splits, apart_heads: Collection[str] = ()
+    spec: Spec,
+    layer: str,
+    a: Tensor,
+    b: Tensor,
+    splits: Splits,
+    apart_heads: Collection[str] = (),
+    share: float = 0.5,
 ) -> Fit | str:
     """Where a layer's outputs and inputs stand, or why it cannot be refitted.
 
     Args:
         spec: symmetries.
-        layer: its name; its weight has outputs along axis 0 and inputs along axis 1.
+        layer: its name; its weight has outputs along axis 0 and inputs along axis 1, or, with two axes, turned.
         a: its weight in network A.
         b: its weight in network B.
         splits: of groups.
         apart_heads: layers whose outputs stay apart.
+        share: of B where units are merged.
     """
     name = f"{layer}.weight"
     if {name, f"{layer}.bias"} & {*spec.tied, *spec.tied.values()}:
         return "its weight or bias is another tensor too"
     if name not in spec.axes:
         return "its weight has no axes in the symmetries"
-    head = (len(a), len(b)) if head_of(name, apart_heads) is not None else None
-    if head is not None and head_axis(spec, name) != 0:
-        return "its outputs are not along axis 0"
+    turned = inputs_first(spec, name)
+    made, read = (1, 0) if turned else (0, 1)
+    head = (a.shape[made], b.shape[made]) if head_of(name, apart_heads) is not None else None
+    if head is not None and head_axis(spec, name) != made:
+        return f"its outputs are not along axis {made}"
     laid: Layout = layout(spec, name, splits, head)
-    if laid.rows not in (None, 0) or laid.columns not in (None, 1) or any(p.apart for p in laid.axes[2:]):
-        return "its outputs are not along axis 0, or its inputs not along axis 1"
-    return Fit(laid.axes[0], laid.axes[1], prod(a.shape[2:]))
+    if laid.rows not in (None, made) or laid.columns not in (None, read) or any(p.apart for p in laid.axes[2:]):
+        return f"its outputs are not along axis {made}, or its inputs not along axis {read}"
+    return Fit(laid.axes[made], laid.axes[read], prod(a.shape[2:]), turned, share)
 
 
 def refit(
@@ -262,6 +277,7 @@ def refit(
     target: Target = "averaged",
     free: Collection[str] = (),
     apart_heads: Collection[str] = (),
+    share: float = 0.5,
 ) -> Refitted:
     """Refit layers one by one, each to what it shall give on what its parents take in.
 
@@ -276,31 +292,45 @@ def refit(
         target: what a layer shall give.
         free: layers without a bias whose outputs a norm centres, such as those before BatchNorm.
         apart_heads: layers whose outputs stay apart.
+        share: of B where units are merged, with the target "averaged".
 
     Raises:
-        ParameterError: If the ridge or the target is out of range.
+        ParameterError: If the ridge or the target is out of range, or has no shares.
         ShapeError: If moments are of another layer.
     """
     if target not in _VIEWS:
         raise ParameterError(f"target is {target!r}; it is {', '.join(_VIEWS)}")
+    check_share(share, target)
     done = Refitted({}, {})
     for layer, joint in moments.items():
         name = f"{layer}.weight"
-        fit = fit_of(spec, layer, a[name], b[name], splits, apart_heads)
+        fit = fit_of(spec, layer, a[name], b[name], splits, apart_heads, share)
         if isinstance(fit, str):
             done.kept[layer] = fit
             continue
         normal = _normal(layer, joint, fit, (a, b), target)
         bias = f"{layer}.bias" in state
         normal = normal.centred() if bias or layer in free else normal
-        prior = state[name].detach().double().cpu().reshape(len(state[name]), -1)
+        prior = matrix_of(state[name], turned=fit.turned)
         weight = solve(normal, prior, fit.rows.side, fit.entries.side, ridge)
         done.residuals[layer] = normal.residual(weight)
-        done.tensors[name] = weight.reshape(state[name].shape).to(state[name])
+        done.tensors[name] = weight_of(weight, state[name], turned=fit.turned)
         if bias:
             offset = (normal.targets - weight @ normal.inputs) / normal.count
             done.tensors[f"{layer}.bias"] = offset.to(state[f"{layer}.bias"])
     return done
+
+
+def check_share(share: float, target: Target = "averaged") -> None:
+    """Refuse a share of B that is none, or that a target does not know.
+
+    Raises:
+        ParameterError: If that is so.
+    """
+    if not 0 < share < 1:
+        raise ParameterError(f"share is {share}; it is B's part of what is merged, above 0 and below 1")
+    if share != 0.5 and target != "averaged":
+        raise ParameterError(f"with the target {target} both networks count alike", "share 0.5, or target averaged")
 
 
 #: Per view of the data: share of x_A and x_B in merged inputs, which own inputs are seen, and whose outputs are wanted.
@@ -320,7 +350,7 @@ def _coefficients(side: Tensor, first: float, second: float, seen: tuple[Side, .
 def _normal(layer: str, joint: Joint, fit: Fit, networks: tuple[Tensors, Tensors], target: Target) -> Normal:
     """Normal equations from moments alone."""
     name, f = f"{layer}.weight", joint.entries
-    weights = [n[name].detach().double().cpu().reshape(len(n[name]), -1) for n in networks]
+    weights = [matrix_of(n[name], turned=fit.turned) for n in networks]
     biases = [n[f"{layer}.bias"].detach().double().cpu() if f"{layer}.bias" in n else w.new_zeros(len(w))
               for n, w in zip(networks, weights, strict=True)]  # fmt: skip
     if any(w.shape[1] != f for w in weights):
@@ -328,7 +358,10 @@ def _normal(layer: str, joint: Joint, fit: Fit, networks: tuple[Tensors, Tensors
     entries, rows = fit.entries, fit.rows
     normal = Normal.empty(len(entries), len(rows))
     at_a, at_b = (torch.where(entries.side == other, 0, entries.index) for other in (Side.SECOND, Side.FIRST))
-    for first, second, seen, out_first, out_second in _VIEWS[target]:
+    views = _VIEWS[target]
+    if target == "averaged":
+        views = ((1 - fit.share, fit.share, views[0][2], 1 - fit.share, fit.share),)
+    for first, second, seen, out_first, out_second in views:
         of_a, of_b = _coefficients(entries.side, first, second, seen)
         to_a, to_b = _coefficients(rows.side, out_first, out_second, seen)
         made = torch.zeros(len(rows), 2 * f + 1, dtype=torch.float64)  # targets from [x_A; x_B; 1]

@@ -8,7 +8,8 @@ For a layer y = W x of networks A and B, with d = x_A - x_B, m = (x_A + x_B) / 2
                                                           what least squares lose where g is merged and not apart
 
 Mean squares over rows, without what is constant, which a bias or BatchNorm behind takes up. A pair's value in a layer
-is its share of the first, times the second, over the mean square of (y_A + y_B) / 2; values add up over layers.
+is its share of the first, times the second, over the mean square of (y_A + y_B) / 2; values add up over layers. Where B
+counts for a share s other than 1 / 2, means are those of 1 - s of A and s of B, and V = s (1 - s) (W_A - W_B).
 
 Least squares by n rows with p entries are off by more on other rows: theirs are taken times (n + p) / (n - p), and the
 mean's own error in their place where that is less (Akaike 1969, final prediction error).
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from merganser.align.moments import Joint
+from merganser.align.orientation import inputs_first, matrix_of
 from merganser.errors import MissingTensorError, ParameterError, ShapeError
 from merganser.symmetry import Spec
 from merganser.symmetry.spec import groups_in
@@ -57,6 +59,7 @@ def unit_values(
     groups: Iterable[str],
     *,
     ridge: float = 1e-4,
+    share: float = 0.5,
 ) -> dict[str, Tensor]:
     """What is gained by keeping each pair of a group apart, by its number.
 
@@ -67,6 +70,7 @@ def unit_values(
         moments: of what layers take in, by the layer's name, both networks in that order; each is looked up once.
         groups: to look at, none of which lies within another.
         ridge: what least squares are held to the mean by, as a share of the mean variance of their entries.
+        share: of B in what is merged, in (0, 1).
 
     Returns:
         float64, shape (size,), not below 0; zeros where none of the layers reads a group.
@@ -87,37 +91,35 @@ def unit_values(
         weight = f"{name}.weight"
         if lacking := [where for where, has in (("A", a), ("B", b), ("the spec", spec.axes)) if weight not in has]:
             raise MissingTensorError(f"{lacking[0]} lacks {weight}, and there are moments of {name}")
-        part = spec.axes[weight][1]
+        turned = inputs_first(spec, weight)
+        part = spec.axes[weight][0 if turned else 1]
         read = [group for group in dict.fromkeys(groups_in(part)) if group in found]
         if not read:
             continue
         joint = moments[name]
         taps = a[weight][0, 0].numel()
-        if a[weight][0].numel() != joint.entries:
-            raise ShapeError(f"{weight} takes in {a[weight][0].numel()} entries, and its moments have {joint.entries}")
+        first, second = (matrix_of(network[weight], turned=turned) for network in (a, b))
+        if first.shape[1] != joint.entries:
+            raise ShapeError(f"{weight} takes in {first.shape[1]} entries, and its moments have {joint.entries}")
         owned = {group: _entries(spec.places_in(part, group), taps) for group in read}
-        for group, gains in _gains(joint, _matrix(a[weight]), _matrix(b[weight]), owned, ridge).items():
+        for group, gains in _gains(joint, (first, second), owned, ridge, share).items():
             found[group] += gains
     return found
 
 
 def kept_apart(
-    a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Iterable[str]
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], heads: Iterable[str], share: float = 0.5
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors to value pairs by where the outputs of both networks' heads stay apart.
 
-    A head is to give [y_A; y_B], which is the mean of both for weights [2 W_A; 0] and [0; 2 W_B].
+    A head is to give [y_A; y_B], which is the mean of both for weights [W_A / (1 - s); 0] and [0; W_B / s].
     """
     first, second = dict(a), dict(b)
     for name in (f"{head}.weight" for head in heads):
         x, y = a[name].detach(), b[name].detach()
-        first[name], second[name] = torch.cat([2 * x, y.new_zeros(y.shape)]), torch.cat([x.new_zeros(x.shape), 2 * y])
+        first[name] = torch.cat([x / (1 - share), y.new_zeros(y.shape)])
+        second[name] = torch.cat([x.new_zeros(x.shape), y / share])
     return first, second
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """Outputs by entries."""
-    return weight.detach().to("cpu", torch.float64).reshape(len(weight), -1)
 
 
 def _entries(places: Tensor, taps: int) -> Tensor:
@@ -126,10 +128,13 @@ def _entries(places: Tensor, taps: int) -> Tensor:
     return (columns[:, :, None] * taps + torch.arange(taps)).reshape(len(columns), -1)
 
 
-def _gains(joint: Joint, first: Tensor, second: Tensor, owned: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
+def _gains(
+    joint: Joint, weights: tuple[Tensor, Tensor], owned: Mapping[str, Tensor], ridge: float, share: float
+) -> dict[str, Tensor]:
     """Values of the pairs of all groups that a layer reads, in that layer."""
-    off, mean = (first - second) / 4, (first + second) / 2
-    merged, mixed, differ = _covariances(joint)
+    first, second = weights
+    off, mean = share * (1 - share) * (first - second), (1 - share) * first + share * second
+    merged, mixed, differ = _covariances(joint, share)
     ahead = mixed @ off.T  # of m with V d
     error = float(((off @ differ) * off).sum())
     total = float(((mean @ merged) * mean).sum()) + 2 * float((mean * ahead.T).sum()) + error
@@ -146,12 +151,15 @@ def _gains(joint: Joint, first: Tensor, second: Tensor, owned: Mapping[str, Tens
     return gains
 
 
-def _covariances(joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
+def _covariances(joint: Joint, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of m with itself, of m with d, and of d with itself: each of shape (f, f)."""
     aa, ab, bb, n = joint.aa, joint.ab, joint.bb, joint.count
-    m, d = (joint.mean_a + joint.mean_b) / 2, joint.mean_a - joint.mean_b
-    merged = (aa + ab + ab.T + bb).div_(4 * n).sub_(torch.outer(m, m))
-    mixed = (aa - ab + ab.T - bb).div_(2 * n).sub_(torch.outer(m, d))
+    rest = 1 - share
+    m, d = rest * joint.mean_a + share * joint.mean_b, joint.mean_a - joint.mean_b
+    merged = (ab + ab.T).mul_(rest * share).add_(aa, alpha=rest**2).add_(bb, alpha=share**2)
+    merged = merged.div_(n).sub_(torch.outer(m, m))
+    mixed = (rest * aa).sub_(ab, alpha=rest).add_(ab.T, alpha=share).sub_(bb, alpha=share)
+    mixed = mixed.div_(n).sub_(torch.outer(m, d))
     differ = (aa - ab - ab.T + bb).div_(n).sub_(torch.outer(d, d))
     return merged, mixed, differ
 

@@ -25,6 +25,7 @@ from merganser.align.activations import Batch
 from merganser.align.autocorrelation import Windows
 from merganser.align.layout import Splits
 from merganser.align.match import Progress
+from merganser.align.orientation import entries_of, matrix_of, weight_of
 from merganser.align.ran import cut, examples, joined, layers_run, watching
 from merganser.align.refit import Fit, Normal, Refitted, fit_of, solve
 from merganser.align.renorm import measuring
@@ -77,11 +78,13 @@ def refit_in_sequence(
     sampling: Sampling | None = None,
     apart_heads: Collection[str] = (),
     blends: Mapping[str, Blend] | None = None,
+    share: float = 0.5,
     progress: Progress | None = None,
 ) -> Refitted:
     """Refit the layers of a merged network in the order in which they run.
 
-    Layers are nn.Linear, nn.Conv1d and nn.Conv2d without groups that own their weight and run once; others are left.
+    Layers are nn.Linear, nn.Conv1d and nn.Conv2d without groups and transformers' Conv1D that own their weight and run
+    once; others are left.
 
     Args:
         merged: the block average, as `wider.widen` builds it; changed in place, BatchNorm's statistics too.
@@ -94,6 +97,7 @@ def refit_in_sequence(
         sampling: which rows a layer is fitted to.
         apart_heads: layers whose outputs stay apart.
         blends: by layer, what it shall give in place of the mean.
+        share: of B in the mean, where units are merged.
         progress: called as (layers done, layers).
 
     Raises:
@@ -113,7 +117,7 @@ def refit_in_sequence(
         work.done.kept[layer] = why
     for layer in seen.layers:
         name = f"{layer}.weight"
-        fit = fit_of(spec, layer, weights[0][name], weights[1][name], splits, apart_heads)
+        fit = fit_of(spec, layer, weights[0][name], weights[1][name], splits, apart_heads, share)
         if isinstance(fit, str):
             work.done.kept[layer] = fit
         else:
@@ -125,7 +129,7 @@ def refit_in_sequence(
         )
     work.places, work.free = seen.places, seen.free
     for layer in work.fits:
-        entries = merged.get_submodule(layer).get_parameter("weight")[0].numel()
+        entries = entries_of(merged.get_submodule(layer))
         work.drawn[layer] = sampling.drawn(layer, entries, count * seen.places[layer])
     with ExitStack() as stack, measuring(merged):
         for layer in work.fits:
@@ -181,9 +185,9 @@ class _Work:
         """Refit a layer on what it takes in."""
         x = args[0] if args else kwargs["input"]
         y, fit, weight = self._targets(name), self.fits[name], layer.get_parameter("weight")
-        normal = Normal.empty(weight[0].numel(), len(weight))
-        if y.shape != (len(self.drawn[name]), len(weight)):
-            wanted = len(self.drawn[name]), len(weight)
+        normal = Normal.empty(entries_of(layer), len(fit.rows))
+        if y.shape != (len(self.drawn[name]), len(fit.rows)):
+            wanted = len(self.drawn[name]), len(fit.rows)
             raise ShapeError(f"the blend for {name} gives {tuple(y.shape)}; its layer gives {wanted}")
         for part, rows in zip(torch.split(y, CHUNK), rows_of(layer, x, self.drawn[name]), strict=True):
             normal.add(rows, part.double().cpu())
@@ -191,10 +195,10 @@ class _Work:
             raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         used = normal.centred() if bias is not None or name in self.free else normal
-        prior = weight.detach().double().cpu().reshape(len(weight), -1)
+        prior = matrix_of(weight, turned=fit.turned)
         found = solve(used, prior, fit.rows.side, fit.entries.side, self.ridge)
         self.done.residuals[name] = used.residual(found)
-        weight.copy_(found.reshape(weight.shape))
+        weight.copy_(weight_of(found, weight, turned=fit.turned))
         self.done.tensors[f"{name}.weight"] = weight.detach()
         if bias is not None:
             bias.copy_((normal.targets - found @ normal.inputs) / normal.count)
@@ -252,11 +256,10 @@ def flat_rows(layer: nn.Module, y: Tensor) -> Tensor:
 
 def rows_of(layer: nn.Module, x: Tensor, chosen: Tensor) -> Iterator[Tensor]:
     """Some rows of what a layer takes in, `CHUNK` at a time: float64, shape (n, entries)."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         flat = x.reshape(-1, x.shape[-1])
         yield from (flat[part.to(x.device)].double().cpu() for part in torch.split(chosen, CHUNK))
         return
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     windows = Windows.of(layer)
     view = windows.view(windows.padded(x))
     for part in torch.split(chosen, CHUNK):

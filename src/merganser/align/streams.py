@@ -1,6 +1,6 @@
 """Which tensors the layers of two networks take in, layer by layer, and which layers take in the same.
 
-Layers are nn.Linear, nn.Conv1d and nn.Conv2d (without groups) that are called as modules.
+Layers are nn.Linear, nn.Conv1d and nn.Conv2d (without groups) and transformers' Conv1D that are called as modules.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from merganser.align.activations import Batch
 from merganser.align.autocorrelation import Windows, pair_count
+from merganser.align.orientation import entries_of, is_turned
 from merganser.errors import ParameterError, ShapeError, and_more
 from merganser.symmetry.record import evaluating
 
@@ -109,7 +110,8 @@ def _inputs(network: nn.Module, batch: Batch, names: Iterable[str]) -> dict[str,
 
 
 def _measurable(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1)
+    convolution = isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
+    return isinstance(layer, nn.Linear) or convolution or is_turned(layer)
 
 
 def streams_of(
@@ -122,7 +124,7 @@ def streams_of(
         if name not in modules or not _measurable(theirs.get(name, nn.Identity())):
             raise ParameterError(
                 f"{name!r} is no layer of both networks that can be measured",
-                "those are nn.Linear, nn.Conv1d and nn.Conv2d without groups",
+                "those are nn.Linear, nn.Conv1d and nn.Conv2d without groups, and Conv1D of transformers",
             )
     a, b = (_inputs(network, batch, modules) for network in (one, two))
     together: dict[Any, list[str]] = {}
@@ -137,7 +139,7 @@ def streams_of(
     for (_, windows), names in together.items():
         asked = tuple(name for name in names if layers is None or name in layers)
         if asked:
-            entries = modules[names[0]].get_parameter("weight")[0].numel()
+            entries = entries_of(modules[names[0]])
             seen = [x for _, x in a[names[0]]]
             nbytes = _nbytes(seen, entries, windows, share)
             streams.append(Stream(tuple(names), asked, len(seen), entries, windows, nbytes))

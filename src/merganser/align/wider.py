@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from merganser.align.layout import Layout, Side, Splits, head_axis, head_of, layout, split_groups, wider_spec
+from merganser.align.orientation import is_turned
 from merganser.errors import ExtraTensorError, MissingTensorError, ParameterError, ShapeError, and_more
 from merganser.symmetry import Spec
 from merganser.symmetry.spec import Part
@@ -301,7 +302,7 @@ class _Changes:
             self.note(name, num_embeddings=shape[0], embedding_dim=shape[1])
         elif isinstance(module, nn.PReLU):
             self.note(name, num_parameters=shape[0])
-        elif _is_turned_linear(module):
+        elif is_turned(module):
             self.note(name, nx=shape[0], nf=shape[1])
 
     def count_heads(self, group: str, spec: Spec, wider: Spec, splits: Splits) -> None:
@@ -347,9 +348,3 @@ def _products(part: Part, group: str) -> Iterator[Sequence[Part]]:
             yield parts
         for p in parts:
             yield from _products(p, group)
-
-
-def _is_turned_linear(module: nn.Module) -> bool:
-    """Whether a module is transformers' linear layer whose weight is (inputs, outputs)."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")

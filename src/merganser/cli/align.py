@@ -31,7 +31,11 @@ def align(
     ],
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="What both are weights of; default: STAYS, if it has a config.json."),
+        typer.Option(
+            metavar="MODEL",
+            help="What both are weights of: a folder with a config.json, FILE.pt2, or code: FILE:NAME; default: STAYS, "
+            "if it has a config.json.",
+        ),
     ] = None,
     symmetry: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Symmetries from `merganser symmetry show --json`, instead.")
@@ -64,6 +68,8 @@ def align(
     from merganser.align.aligning import align as find
     from merganser.checkpoints import open_source
     from merganser.checkpoints.copying import write_source
+    from merganser.checkpoints.views import renamed
+    from merganser.cli.stored import shown_as, stored_names
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.errors import ParameterError, RefError
     from merganser.symmetry import Spec
@@ -73,6 +79,7 @@ def align(
         raise ParameterError(f"{what} needs a network to run, and --symmetry brings none", "leave --symmetry out")
     check_out(out, [stays, moves], model, overwrite=overwrite)
     one, two = open_source(stays), open_source(moves)
+    names: dict[str, str] = {}  # of the network's tensors in MOVES, where it calls them otherwise
     seen: ActivationCosts | None = None
     if symmetry is not None:
         if not symmetry.is_file():
@@ -86,6 +93,8 @@ def align(
         it = subject(model or stays, shape_of(shape), inputs[0] if inputs else None)
         traces = found_in(model or stays, it)
         spec = traces.spec
+        names = stored_names(it.network, two)
+        one, two = shown_as(it.network, one), shown_as(it.network, two)
         if inputs:
             first, second = loaded(it.network, one), loaded(it.network, two)
             with running(model or stays):
@@ -117,7 +126,8 @@ def align(
         "orders": {name: order.tolist() for name, order in found.matched.orders.items()},
     }
     with progress_bar("writing", quiet=quiet) as progress:
-        write_source(Reordered(two, spec, found.matched.orders), out, receipt, overwrite=overwrite, progress=progress)
+        moved = renamed(Reordered(two, spec, found.matched.orders), lambda name: names.get(name, name))
+        write_source(moved, out, receipt, overwrite=overwrite, progress=progress)
     if not quiet:
         distance = f"distance {found.before:.4g} -> {found.after:.4g}"
         console().print(

@@ -47,6 +47,7 @@ def row(
     budget: float,
     kind: str | None,
     labelled: Sequence[tuple[Batch, Tensor]] | None = None,
+    judged: nn.Module | None = None,
 ) -> Row:
     """What a network of a budget costs, and how good it is.
 
@@ -56,6 +57,7 @@ def row(
         budget: its budget.
         kind: type of its floating tensors.
         labelled: inputs and classes to judge it by.
+        judged: the network as it is written, where that is another one.
     """
     from merganser.align.barrier import mean_loss
 
@@ -67,12 +69,12 @@ def row(
         weight_bytes(pair, made.splits, kind),
         sum(len(split.apart) for split in made.splits.values()),
         output_error(pair, made.network),
-        mean_loss(made.network, labelled)[1] if labelled else None,
+        mean_loss(judged or made.network, labelled)[1] if labelled else None,
     )
 
 
 def output_error(pair: Pair, network: nn.Module) -> float:
-    """Squared distance of a network's outputs from the mean of both parents', as a share of that mean's variance.
+    """Squared distance of a network's outputs from the mean of its parents', as a share of that mean's variance.
 
     Where the outputs of both stay apart, they are compared with A's and then B's.
     """
@@ -80,7 +82,7 @@ def output_error(pair: Pair, network: nn.Module) -> float:
 
     from merganser.symmetry.record import tensors_of
 
-    missed, wanted = 0.0, []
+    missed, wanted, share = 0.0, [], pair.settings.share
     with torch.no_grad():
         for args, kwargs in pair.batches:
             results = (tensors_of(n(*args, **kwargs), pair.output) for n in (pair.one, pair.two, network))
@@ -88,7 +90,7 @@ def output_error(pair: Pair, network: nn.Module) -> float:
             for a, b, y in zip(*results, strict=True):
                 if not y.is_floating_point():
                     continue
-                mean = (a + b) / 2 if a.shape == b.shape == y.shape else torch.cat([a, b], -1)
+                mean = (1 - share) * a + share * b if a.shape == b.shape == y.shape else torch.cat([a, b], -1)
                 missed += float((y.double() - mean).square().sum())
                 rows.append(mean.double().reshape(len(mean), -1))
             wanted.append(torch.cat(rows, 1))

@@ -40,6 +40,7 @@ def measure(
     from merganser.checkpoints import open_source
     from merganser.checkpoints.writer import CheckpointWriter
     from merganser.cli.network import check_out
+    from merganser.cli.stored import stored_names
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.merging.measuring import measure as run
     from merganser.numerics import DTYPE_NAMES
@@ -58,6 +59,10 @@ def measure(
             output=it.output,
             seed=seed,
         )
+    names = stored_names(network, source)
+    found = {
+        f"{what}/{names.get(n, n)}": x for (what, _, n), x in ((key.partition("/"), x) for key, x in found.items())
+    }
     infos = {n: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for n, x in found.items()}
     with CheckpointWriter(out, infos) as writer:
         for name, x in found.items():

@@ -27,19 +27,21 @@ def check_out(out: Path, refs: Sequence[str], model: str | None, *, overwrite: b
 
 
 def write_network(network: nn.Module, out: Path, like: Source, receipt: dict[str, Any], *, overwrite: bool) -> None:
-    """Write a network as a checkpoint folder, in the types of another one and with the files that stand beside it.
+    """Write a network as a checkpoint folder, in names and types of another one, with the files that stand beside it.
 
     Raises:
         OutputError: If it cannot be written.
         NonFiniteError: If a value is too large for its type.
     """
     from merganser.checkpoints.writer import CheckpointWriter
+    from merganser.cli.stored import stored_names
     from merganser.numerics import DTYPE_NAMES, narrowed
     from merganser.types import TensorInfo
     from merganser.version import __version__
 
-    tensors = {}
-    for name, x in network.state_dict().items():
+    tensors, names = {}, stored_names(network, like)
+    for known, x in network.state_dict().items():
+        name = names.get(known, known)
         info = like.infos.get(name)
         tensors[name] = narrowed(x, info.dtype, name) if info and x.is_floating_point() else x
         tensors[name] = tensors[name].detach().contiguous()

@@ -157,6 +157,28 @@ def _last_linear(network: nn.Module) -> str:
     return next((name for name, m in reversed(list(network.named_modules())) if isinstance(m, nn.Linear)), "LAYER")
 
 
+def check_inputs(batches: str | None, data: Sequence[Path], noise: int | None, *, recalibrate: bool) -> None:
+    """Refuse inputs from nowhere, or from more than one place.
+
+    Raises:
+        ParameterError: If that is so, or BatchNorm is to stay as it is in spite of noise.
+    """
+    from merganser.errors import ParameterError
+
+    given = [name for name, it in (("--batches", batches), ("--data", data), ("--noise", noise)) if it]
+    if len(given) != 1:
+        raise ParameterError(
+            f"inputs come from one place, and {' and '.join(given)} are given"
+            if given
+            else "inputs to compare and fit by are needed",
+            "--batches FILE:NAME, or --data DIR, or, where there is no data, --noise N",
+        )
+    if noise and not recalibrate:
+        raise ParameterError(
+            "with --noise, BatchNorm is measured on noise and carried over to the data", "leave --no-recalibrate out"
+        )
+
+
 def check_batches(batches: Sequence[Batch]) -> None:
     """Refuse batches that are not finite, or not all of the shapes of the first.
 

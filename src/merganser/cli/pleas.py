@@ -66,6 +66,12 @@ def pleas(
         typer.Option(metavar="DIR", help="Pictures instead: a folder, or .npy and .npz files; repeat it."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="With --data: pictures of all folders together.")] = 1000,
+    noise: Annotated[
+        int | None,
+        typer.Option(
+            min=2, metavar="N", help="Without data: so many inputs of noise, as near to the data as BatchNorm knows it."
+        ),
+    ] = None,
     scale: Annotated[
         str | None,
         typer.Option(metavar="MEAN/DEVIATION", help="With --data: pixels of 0 to 1 become (x - mean) / deviation."),
@@ -85,6 +91,9 @@ def pleas(
         ),
     ] = Way.sequence,
     target: Annotated[Target, typer.Option(help="With --way layers: what a layer shall give.")] = Target.averaged,
+    share: Annotated[
+        float, typer.Option(help="Of B in what is merged; 1/N, as 0.3333, where A is N - 1 networks merged already.")
+    ] = 0.5,
     ridge: Annotated[
         float, typer.Option(help="Pull to the block average, in mean squares of a layer's inputs.")
     ] = 1e-3,
@@ -127,17 +136,18 @@ def pleas(
     """
     from dataclasses import replace
 
-    from merganser.align.partial import Pair, Settings
+    from merganser.align.partial import Pair, PartlyMerged, Settings
     from merganser.align.sequence import Sampling
     from merganser.checkpoints import open_source
     from merganser.cli.barrier import labelled_of
-    from merganser.cli.budgets import curve_file, row, show, show_preview
+    from merganser.cli.budgets import Row, curve_file, row, show, show_preview
     from merganser.cli.partial import (
         Files,
         both,
         budgets_of,
         check_batches,
         check_budget,
+        check_inputs,
         check_least,
         chosen,
         item_type_of,
@@ -146,12 +156,14 @@ def pleas(
     from merganser.cli.partial import write as write_all
     from merganser.cli.pictures import picture_batches, scale_of
     from merganser.cli.subject import batches_of, running, subject
+    from merganser.cli.surrogates import Surrogates, surrogates_of
     from merganser.cli.symmetry import found_in, shape_of
     from merganser.errors import ParameterError
 
     settings = Settings(
         way=way.value,
         target=target.value,
+        share=share,
         ridge=ridge,
         measure=measure.value,
         multiple=multiple,
@@ -166,8 +178,7 @@ def pleas(
     wanted = budgets_of(budgets) if curve is not None or preview else []
     if target is not Target.averaged and way is not Way.layers:
         raise ParameterError(f"--target {target.value} is for layers that are refitted by themselves", "--way layers")
-    if (batches is None) == (not data):
-        raise ParameterError("inputs to compare and fit by are needed", "--batches FILE:NAME, or --data DIR")
+    check_inputs(batches, data or (), noise, recalibrate=recalibrate)
     if not preview:
         check_out(
             out, [one, two, *map(str, data or ()), *([other_model] if other_model else [])], model, overwrite=overwrite
@@ -178,14 +189,26 @@ def pleas(
     second = other_model or model or (two if (Path(two) / "config.json").is_file() else one)
     given = labelled_of(labelled) if labelled is not None else None
     kind = item_type_of(sources[0])
+    surrogates: Surrogates | None = None
+
+    def finished(made: PartlyMerged) -> PartlyMerged:
+        return made if surrogates is None else surrogates.finished(pair, made)
+
+    def rowed(made: PartlyMerged, size: float) -> Row:
+        return row(pair, made, size, kind, given, judged=finished(made).network if given else None)
+
     with running(named), progress_bar("measuring and fitting", quiet=quiet or preview, unit="steps") as progress:
         inputs = batches_of(batches) if batches is not None else None
         it = subject(named, shape_of(shape), inputs[0] if inputs else None)
-        if inputs is None:
+        if data:
             inputs = picture_batches(data or (), it, named, count=examples, scale=scale_of(scale) if scale else None)
-            it = replace(it, args=tuple(inputs[0][0]), kwargs=inputs[0][1])
-        check_batches(inputs)
-        networks = both(it, named, second, sources, inputs[0], settings.heads)
+        check_batches(inputs or [])
+        networks = both(it, named, second, sources, inputs[0] if inputs else (it.args, it.kwargs), settings.heads)
+        if noise is not None:
+            surrogates = surrogates_of((it.args, it.kwargs), networks, noise, seed)
+            inputs = surrogates.batches
+        assert inputs
+        it = replace(it, args=tuple(inputs[0][0]), kwargs=inputs[0][1])
         found = found_in(named, it)
         pair = Pair(found, *networks, inputs, output=it.output, settings=settings, progress=progress)
         wanted = list(dict.fromkeys(max(b, least(pair)) for b in wanted))
@@ -195,28 +218,32 @@ def pleas(
         check_least(pair, budget)
         splits = chosen(pair, [budget, *wanted], few=few)
         made = pair.laid_out(splits[budget])
-        rows = {b: row(pair, made if b == budget else pair.laid_out(splits[b]), b, kind, given) for b in sorted(splits)}
+        rows = {b: rowed(made if b == budget else pair.laid_out(splits[b]), b) for b in sorted(splits)}
     receipt = {
         "pleas": [one, two],
         "model": named,
         "other_model": second if second != named else None,
         "batches": batches or list(map(str, data or ())),
+        "surrogates": surrogates and surrogates.receipt(),
         "budget": budget,
         "measure": measure.value,
         "multiple": multiple,
         "way": way.value,
         "target": target.value,
+        "share": share,
         "ridge": ridge,
         "match": match.value,
         "recalibrate": recalibrate,
         "seed": seed,
     }
-    write_all(pair, made, kind, files, named, receipt)
+    write_all(pair, finished(made), kind, files, named, receipt)
     if curve is not None:
         curve.write_bytes(curve_file([r for b, r in rows.items() if b in wanted], curve))
     if not quiet:
         for name in found.unsound:
             console().print(f"refused by the self-check, and left as it is: {name}")
         show(pair, made, list(rows.values()))
+        if surrogates is not None:
+            console().print(surrogates.words())
         for path in filter(None, (out, export, onnx, curve)):
             console().print(f"{path}: written")

@@ -46,7 +46,7 @@ class Subject:
 
 
 def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = None) -> Subject:
-    """What `MODEL` names: `package.module:name`, `path/file.py:name`, or a folder with a `config.json`.
+    """What `MODEL` names: `package.module:name`, `path/file.py:name`, a folder with a `config.json`, or a `.pt2`.
 
     Args:
         model: a callable gives a network, or (network, args), or (network, args, kwargs).
@@ -60,6 +60,8 @@ def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = Non
     path, colon, name = model.rpartition(":")
     if colon and not Path(model).exists():
         return _made(model, _named(path, name), shape, batch)
+    if model.endswith(".pt2"):
+        return _program(Path(model), shape, batch)
     content = _config(Path(model))
     if content["model_type"] == "merganser-partial":
         return _partly_merged(Path(model), shape, batch)
@@ -70,18 +72,22 @@ def subject(model: str, shape: tuple[int, ...] | None, batch: Batch | None = Non
 def loaded(network: nn.Module, source: Source) -> nn.Module:
     """A copy of a network with the weights of a checkpoint, in evaluation mode.
 
-    A tied tensor may be stored under any of its names. BatchNorm's count of batches may be missing: nothing depends on
-    it, and older files have none.
+    A tied tensor may be stored under any of its names, and every tensor under the one that transformers gives it in
+    files. BatchNorm's count of batches may be missing: nothing depends on it, and older files have none.
 
     Raises:
         MissingTensorError: If the checkpoint lacks a tensor of the network.
         ShapeError: If one has another shape.
         NonFiniteError: If one holds NaN or infinity.
+        CheckpointError: If the checkpoint holds one in another form.
     """
     import torch
 
+    from merganser.cli.stored import stored_names
+
     other = copy.deepcopy(network)
     stored = {**{name: name for name in source.infos}, **source.aliases}
+    stored |= {name: stored[held] for name, held in stored_names(network, source).items()}
     state = other.state_dict()
     twins: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
     for name, x in state.items():
@@ -241,12 +247,33 @@ def _made(model: str, made: Any, shape: tuple[int, ...] | None, batch: Batch | N
     return Subject(network, (args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs))
 
 
+def _program(path: Path, shape: tuple[int, ...] | None, batch: Batch | None) -> Subject:
+    """What `torch.export.save` wrote, on the inputs that it was exported with."""
+    from merganser.symmetry.program import network_of
+    from merganser.symmetry.program_file import read_program
+
+    program = read_program(path)
+    try:
+        network = network_of(program)
+    except ParameterError as error:
+        raise ParameterError(f"{path}: {error.message}", error.hint) from error
+    if batch is None and shape is None and program.example_inputs is None:
+        raise ParameterError(f"{path} brings no example inputs", "--input 2,3,32,32, or export it with some")
+    given = batch or program.example_inputs
+    return replace(_made(str(path), network, shape, given), output=_logits)
+
+
+def _logits(result: Any) -> Any:
+    return result.logits if hasattr(result, "logits") else result
+
+
 def _config(folder: Path) -> Mapping[str, Any]:
     """What the `config.json` of a folder says; it names a kind of network."""
     path = folder / "config.json"
     if not path.is_file():
         raise RefError(
-            f"{folder} is no folder with a config.json", "or name code: package.module:name, path/file.py:name"
+            f"{folder} is no folder with a config.json",
+            "or name code, package.module:name or path/file.py:name, or a program, FILE.pt2",
         )
     try:
         content: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
@@ -310,10 +337,7 @@ def _transformer(folder: Path, content: Mapping[str, Any]) -> Subject:
     except Exception as error:  # the library raises errors of many kinds
         raise RefError(f"{folder / 'config.json'} gives no network: {error}") from error
 
-    def output(result: Any) -> Any:
-        return result.logits if hasattr(result, "logits") else result
-
-    return Subject(network, (), _inputs(network, config), output)
+    return Subject(network, (), _inputs(network, config), _logits)
 
 
 def _inputs(network: Any, config: Any) -> dict[str, Any]:

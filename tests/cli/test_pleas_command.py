@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,66 +14,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from merganser.checkpoints import open_source
-from merganser.cli.partial import budgets_of
-from merganser.cli.pictures import picture_batches, scale_of
-from merganser.cli.subject import Subject, loaded, subject
-from merganser.errors import MerganserError, ParameterError, RefError
+from merganser.cli.subject import loaded, subject
+from merganser.errors import ParameterError, RefError
+from pleas_networks import Run, State, drawn, write_networks
 from support import tree
 
-Run = Callable[..., tuple[int, str, str]]
 
-CODE = """
-import torch
-from torch import nn
-
-def deep(classes=3):
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, classes))
-
-def five():
-    return deep(5)
-
-def normed():
-    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-
-def other():
-    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
-
-def drawn(count, size):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(size, 6, generator=generator) for _ in range(count)]
-
-def batches():
-    return drawn(3, 32)
-
-def few():
-    return drawn(1, 5)
-
-def uneven():
-    return [*drawn(2, 32), *drawn(1, 20)]
-
-def nans():
-    return [torch.full((32, 6), float("nan"))]
-
-def labelled():
-    return [(x, (x[:, 0] > 0).long()) for x in batches()]
-
-def pictures():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)), torch.zeros(2, 3, 4, 4)
-"""  # noqa: E501
-
-State = dict[str, Tensor]
-
-
-def drawn(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def deep(seed: int, classes: int = 3) -> State:
-    sizes = {"0": (8, 6), "2": (8, 8), "4": (classes, 8)}
-    return drawn(
-        seed, {f"{n}.{x}": s if x == "weight" else s[:1] for n, s in sizes.items() for x in ("weight", "bias")}
-    )
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_networks()
+    return tmp_path
 
 
 def given(tensors: State, x: Tensor, *, head: str = "4") -> Tensor:
@@ -85,30 +34,6 @@ def given(tensors: State, x: Tensor, *, head: str = "4") -> Tensor:
     for layer in ("0", "2"):
         y = (y @ t[f"{layer}.weight"].T + t[f"{layer}.bias"]).relu()
     return y @ t[f"{head}.weight"].T + t[f"{head}.bias"]
-
-
-@pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Networks a and b, c that is a in another order, d that is it with other labels; the working folder."""
-    monkeypatch.chdir(tmp_path)
-    Path("nets.py").write_text(CODE)
-    a, b, head = deep(0), deep(1), deep(2, 5)
-    first, second = (torch.randperm(8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
-    c = {
-        "0.weight": a["0.weight"][first],
-        "0.bias": a["0.bias"][first],
-        "2.weight": a["2.weight"][second][:, first],
-        "2.bias": a["2.bias"][second],
-        "4.weight": a["4.weight"][:, second],
-        "4.bias": a["4.bias"],
-    }
-    d = {**c, "4.weight": head["4.weight"][:, second], "4.bias": head["4.bias"]}
-    networks = {"a": a, "b": b, "c": c, "d": d, "half-a": {n: x.half() for n, x in a.items()}}
-    networks |= {"half-b": {n: x.half() for n, x in b.items()}}
-    networks |= {"other": drawn(5, {"0.weight": (9, 6), "0.bias": (9,), "2.weight": (3, 9), "2.bias": (3,)})}
-    for name, tensors in networks.items():
-        save_file({n: x.contiguous() for n, x in tensors.items()}, f"{name}.safetensors")
-    return tmp_path
 
 
 def words(one: str, two: str, *more: str, model: str = "deep", batches: str = "batches", out: str = "out") -> list[str]:
@@ -381,80 +306,3 @@ def test_a_folder_that_names_itself_is_refused(shop: Path, run: Run) -> None:
     Path("out/config.json").write_text(json.dumps({**config, "model": "out"}))
     with pytest.raises(RefError, match="names itself"):
         subject("out", None)
-
-
-def painted(folder: Path, count: int, value: int) -> None:
-    from PIL import Image
-
-    folder.mkdir(parents=True)
-    for i in range(count):
-        Image.fromarray(np.full((4, 6, 3), value, np.uint8)).save(folder / f"{i}.png")
-
-
-def test_pictures_of_folders_are_mixed_scaled_and_cut_to_the_input_of_the_network(shop: Path) -> None:
-    painted(Path("dark/deep"), 120, 0)
-    painted(Path("light"), 90, 255)
-    it = Subject(nn.Identity(), (torch.zeros(2, 3, 4, 4),), {"more": 1})
-    places = [Path("dark"), Path("light")]
-    batches = picture_batches(places, it, "nets.py:pictures", count=160, scale=scale_of("0.5,0.5,0/0.25"))
-    assert [(tuple(args[0].shape), kwargs) for args, kwargs in batches] == [((80, 3, 4, 4), {"more": 1})] * 2
-    x = torch.cat([args[0] for args, _ in batches])
-    assert x[::2].unique().tolist() == [-2, 0]
-    assert x[1::2, :2].unique().tolist() == [2]
-    assert x[1::2, 2].unique().tolist() == [4]
-
-
-def test_arrays_of_pictures_are_those_to_train_with_and_lie_as_the_network_takes_them(shop: Path) -> None:
-    pictures = np.arange(10 * 4 * 4 * 3, dtype=np.int64).reshape(10, 4, 4, 3).astype(np.uint8)
-    np.savez("set.npz", x_train=pictures, x_test=255 - pictures, y_train=np.zeros(10))
-    it = Subject(nn.Identity(), (), {"x": torch.zeros(2, 4, 4, 3)})
-    ((args, kwargs),) = picture_batches([Path("set.npz")], it, "m", count=5, scale=scale_of("0/1"))
-    assert args == ()
-    assert torch.equal(kwargs["x"], torch.from_numpy(pictures[::2].astype(np.float32) / np.float32(255)))
-
-
-def test_a_folder_of_pictures_is_enough(shop: Path, run: Run) -> None:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    np.save("pictures.npy", rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8))
-    for name in "gh":
-        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-        save_file(network.state_dict(), f"{name}.safetensors")
-    named = ["pleas", "g.safetensors", "h.safetensors", "out", "--model", "nets.py:pictures", "--data", "pictures.npy"]
-    code, _, error = run(*named)
-    assert (code, "--scale MEAN/DEVIATION" in error) == (2, True)
-    code, text, error = run(*named, "--scale", "0.5/0.5")
-    assert (code, error) == (0, "")
-    assert "40 examples" in text
-
-
-@pytest.mark.parametrize(
-    ("place", "it", "scale", "message"),
-    [
-        ("nowhere", torch.zeros(1, 3, 4, 4), "0/1", "nowhere does not exist"),
-        ("nets.py", torch.zeros(1, 3, 4, 4), "0/1", "holds no pictures"),
-        ("bad.png", torch.zeros(1, 3, 4, 4), "0/1", "is not a picture"),
-        ("small.npy", torch.zeros(1, 3, 4, 4), "0/1", r"holds pictures of \(2, 2, 3\)"),
-        ("small.npy", torch.zeros(1, 3, 4, 5), "0/1", "cut to squares"),
-        ("small.npy", torch.zeros(1, 6), "0/1", r"the network takes \(1, 6\)"),
-    ],
-)
-def test_what_is_no_picture_for_the_network_is_refused(
-    shop: Path, place: str, it: Tensor, scale: str, message: str
-) -> None:
-    Path("bad.png").write_bytes(b"no picture")
-    np.save("small.npy", np.zeros((3, 2, 2), np.uint8))
-    with pytest.raises(MerganserError, match=message):
-        picture_batches([Path(place)], Subject(nn.Identity(), (it,)), "m", count=9, scale=scale_of(scale))
-
-
-@pytest.mark.parametrize("text", ["0.5", "a/b", "1,2/1", "0/0", "0/-1", "1/2/3"])
-def test_scales_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ParameterError, match="--scale is"):
-        scale_of(text)
-
-
-@pytest.mark.parametrize("text", ["", "1;2", "a", "0.5"])
-def test_budgets_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ParameterError, match="budget"):
-        budgets_of(text)

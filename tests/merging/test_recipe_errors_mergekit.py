@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from merganser.errors import ParameterError, RefError
+from merganser.merging.documents import MAX_BYTES, MAX_VALUES
 from merganser.merging.native import read_recipes
-from merganser.merging.reading import MAX_BYTES, MAX_VALUES
 from recipe_support import refused
 
 MERGEKIT = [

@@ -170,3 +170,14 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # no file can have such a name
         return False
+
+
+def output_dtype(entries: Mapping[str, Node]) -> str | None:
+    """Type of the output by mergekit's `dtype` and `out_dtype`; None for that of the models."""
+    inner = read_dtype(entries["dtype"]) if "dtype" in entries else None
+    outer = read_dtype(entries["out_dtype"]) if "out_dtype" in entries else None
+    if inner == "F64" and outer != "F64" and outer is not None:
+        entries["dtype"].warn("has no effect: arithmetic is in float32, or float64 where models are")
+    if inner in ("BF16", "F16") and outer is not None and outer != inner:
+        entries["dtype"].warn("has no effect: arithmetic is in float32; out_dtype is the type of the output")
+    return outer or inner

@@ -20,7 +20,7 @@ A method's base:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ from merganser.merging.common import (
     SOURCES,
     Origin,
     base_of_slice,
-    read_dtype,
+    output_dtype,
     read_member,
     read_source,
     read_template,
@@ -50,7 +50,7 @@ from merganser.merging.dialect import (
 from merganser.merging.lookup import Rules, merge_names, rules_of
 from merganser.merging.reading import NOTHING, Node, kind_of, short
 from merganser.merging.recipe import Input, Recipe, Settings, Slice, Token, Vocabulary
-from merganser.merging.values import Choice, Gradient, Scalar, Value
+from merganser.merging.values import Scalar, Value, mapped
 
 T = TypeVar("T", Input, Slice)
 
@@ -103,7 +103,7 @@ class _Reader:
             slices=self.slices(entries, shared),
             base=self.base,
             settings=shared,
-            dtype=self.dtype(entries),
+            dtype=output_dtype(entries),
             dialect="mergekit",
             chat_template=read_template(entries["chat_template"]) if "chat_template" in entries else None,
         )
@@ -341,15 +341,6 @@ class _Reader:
 
     # what surrounds the weights
 
-    def dtype(self, entries: Mapping[str, Node]) -> str | None:
-        inner = read_dtype(entries["dtype"]) if "dtype" in entries else None
-        outer = read_dtype(entries["out_dtype"]) if "out_dtype" in entries else None
-        if inner == "F64" and outer != "F64" and outer is not None:
-            entries["dtype"].warn("has no effect: arithmetic is in float32, or float64 where models are")
-        if inner in ("BF16", "F16") and outer is not None and outer != inner:
-            entries["dtype"].warn("has no effect: arithmetic is in float32; out_dtype is the type of the output")
-        return outer or inner
-
     def vocabulary(self, entries: Mapping[str, Node], recipe: Recipe) -> Vocabulary | None:
         if "tokenizer_source" in entries and "tokenizer" in entries:
             entries["tokenizer_source"].error("give tokenizer_source or tokenizer, not both")
@@ -407,18 +398,3 @@ class _Reader:
 
 
 _NO_EFFECT = "has no effect here, in mergekit neither"
-
-
-def mapped(value: Value, change: Callable[[Scalar], Scalar]) -> Value:
-    """A value with every number of it changed.
-
-    >>> mapped(Gradient((0, 1)), bool)
-    Gradient(values=(False, True))
-    """
-    if isinstance(value, Choice):
-        return Choice(tuple((fragment, _mapped(inner, change)) for fragment, inner in value.cases))
-    return _mapped(value, change)
-
-
-def _mapped(value: Scalar | Gradient, change: Callable[[Scalar], Scalar]) -> Scalar | Gradient:
-    return Gradient(tuple(change(v) for v in value.values)) if isinstance(value, Gradient) else change(value)

@@ -56,8 +56,9 @@ from merganser.merging.common import (
     uses_base,
 )
 from merganser.merging.dialect import with_defaults
+from merganser.merging.documents import read_documents
 from merganser.merging.lookup import merge_names, rules_of
-from merganser.merging.reading import Node, Problems, read_documents, short
+from merganser.merging.reading import Node, Problems, short
 from merganser.merging.recipe import AdapterOut, Dialect, Input, Recipe, Settings, Slice, Token, Vocabulary
 
 KEYS = (

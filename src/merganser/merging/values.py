@@ -10,7 +10,7 @@ outside all layers (embeddings, final norm, head) read the first, as in mergekit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Scalar = float | int | bool | str
@@ -88,3 +88,18 @@ def resolve(levels: Sequence[Value | None], name: str, depth: float) -> Scalar |
 
 def _is_number(value: Scalar) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def mapped(value: Value, change: Callable[[Scalar], Scalar]) -> Value:
+    """A value with every number of it changed.
+
+    >>> mapped(Gradient((0, 1)), bool)
+    Gradient(values=(False, True))
+    """
+    if isinstance(value, Choice):
+        return Choice(tuple((fragment, _mapped(inner, change)) for fragment, inner in value.cases))
+    return _mapped(value, change)
+
+
+def _mapped(value: Scalar | Gradient, change: Callable[[Scalar], Scalar]) -> Scalar | Gradient:
+    return Gradient(tuple(change(v) for v in value.values)) if isinstance(value, Gradient) else change(value)

@@ -35,8 +35,9 @@ def uniform(seed: int, model: str, tensor: str, start: int, stop: int) -> Tensor
     generator = np.random.PCG64(np.random.SeedSequence(int.from_bytes(key, "little")))
     generator.advance(start // 2)
     raw = generator.random_raw((stop + 1) // 2 - start // 2).view(np.int32)
-    draws = torch.from_numpy(raw)[start % 2 : start % 2 + stop - start]
-    return draws.bitwise_right_shift_(8).float().mul_(2**-24).add_(0.5)  # from -2**23 to 2**23 - 1, then in [0, 1)
+    np.right_shift(raw, 8, out=raw)  # from -2**23 to 2**23 - 1
+    draws = torch.from_numpy(raw)[start % 2 : start % 2 + stop - start].float()
+    return torch.add(torch.tensor(0.5), draws, alpha=2**-24, out=draws)  # in [0, 1), exactly
 
 
 def drawn(seed: int, model: str, tensor: str, count: int, wanted: int) -> Tensor:

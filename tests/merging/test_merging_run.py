@@ -97,22 +97,32 @@ class Counting:
         ("sce", {"select_topk": 0.5}, 3.3),
     ],
 )
-def test_every_model_is_read_a_fixed_number_of_times(method: str, settings: dict[str, Any], passes: float) -> None:
+def test_every_model_is_read_a_fixed_number_of_times_and_a_small_one_once(
+    method: str, settings: dict[str, Any], passes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import merganser.merging.held as held
+    import merganser.merging.merged as module
     from memory_source import MemorySource
     from merganser.merging.merged import Merged
     from merganser.merging.plan import make_plan
 
     generator = torch.Generator().manual_seed(0)
     tensors = [{"a.weight": torch.randn(400, 1000, generator=generator)} for _ in range(3)]
-    sources = {f"m{i}": Counting(MemorySource(f"m{i}", t)) for i, t in enumerate(tensors)}
     base = Input("m0") if method not in ("linear", "karcher") else None
-    plan = make_plan(Recipe(method, (Slice((Input("m1"), Input("m2"))),), base, settings=settings), sources)
-    merged = Merged(plan, chunk_elements=1)
-    parts = list(merged.chunks("a.weight"))
-    assert len(parts) > 5
-    for rows in parts:
-        merged.read("a.weight", rows)
-    assert 400 * int(passes) <= sources["m1"].rows <= 400 * passes
+    found, read = [], []
+    for most in (held.HELD_BYTES, 0):
+        monkeypatch.setattr(held, "HELD_BYTES", most)
+        monkeypatch.setattr(module, "HELD_BYTES", most)
+        sources = {f"m{i}": Counting(MemorySource(f"m{i}", t)) for i, t in enumerate(tensors)}
+        plan = make_plan(Recipe(method, (Slice((Input("m1"), Input("m2"))),), base, settings=settings), sources)
+        merged = Merged(plan, chunk_elements=1)
+        parts = list(merged.chunks("a.weight"))
+        assert len(parts) > 5
+        found.append(torch.cat([merged.read("a.weight", rows) for rows in parts]))
+        read.append(sources["m1"].rows)
+    assert read[0] == 400
+    assert 400 * int(passes) <= read[1] <= 400 * passes
+    assert torch.equal(found[0], found[1])
 
 
 def test_ties_is_that_of_a_float64_loop(family: list[Path], tmp_path: Path) -> None:

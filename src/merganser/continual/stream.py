@@ -78,13 +78,16 @@ def peak_bytes(jobs: Sequence[Job[T]], threads: int) -> int:
     return sum(sorted((job.peak_bytes for job in jobs), reverse=True)[:threads])
 
 
-def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None = None) -> dict[str, T]:
+def run_jobs(
+    jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None = None, kept_bytes: int = 3 << 20
+) -> dict[str, T]:
     """Run every job, the largest first; stop at the first error.
 
     Args:
         jobs: independent of each other, names unique.
         threads: how many run at once, at least 1.
         progress: called as (bytes done, bytes in all) after each job, from any thread, one call at a time.
+        kept_bytes: memory of a job that takes no more than this stays for the next one, up to that much a thread.
 
     Returns:
         Result of every job by name, in the order of `jobs`.
@@ -103,7 +106,7 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
             return None
         try:
             result = job.run()
-            if job.peak_bytes > KEPT_ROOM:
+            if job.peak_bytes > kept_bytes:
                 give_memory_back()
         except BaseException:
             stop.set()
@@ -128,9 +131,7 @@ def run_jobs(jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None 
 # Large tensors in huge pages: less time in page faults. torch reads this once, before its first large allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 #: Within a job, freed blocks up to this many bytes are kept for the next ones of the same size.
-KEPT_BLOCK = 4 << 20
-#: Memory of a job that takes no more than this is kept for the next job.
-KEPT_ROOM = 1 << 26
+KEPT_BLOCK = 3 << 20
 
 
 def _allocator() -> Callable[[], object]:

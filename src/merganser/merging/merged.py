@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from math import inf, prod
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,21 @@ from torch import Tensor
 from merganser.continual.kinds import kind_of
 from merganser.continual.roles import is_matrix
 from merganser.errors import DtypeError, NonFiniteError
-from merganser.merging.parts import Measured, kept_of, refuse_nonfinite, restored, seen
+from merganser.merging.held import HELD_BYTES, Held, Rows
+from merganser.merging.parts import Measured, kept_of, mean_of, packed, refuse_nonfinite, restored, seen, unpacked
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.post import finished
 from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
-from merganser.merging.survey import cell_rows, chunk_rows, inner_products, sums
+from merganser.merging.survey import cell_rows, chunk_rows, inner_products, norm_ratios, spread_rows, sums
 from merganser.merging.vocabulary_rows import unwrapped
 from merganser.methods.joint import Joint, Locality, names_of
+from merganser.methods.joint._keep import kept
 from merganser.noise import uniform
 from merganser.numerics import compute_dtype, narrowed, sum_is_finite
 from merganser.types import TensorInfo
 
 #: Elements of a tensor that are handled at a time where the method allows it: they stay in the processor's cache.
 CHUNK_ELEMENTS = 1 << 17
-
-Rows = tuple[int, int] | None
 
 
 class Merged:
@@ -57,6 +58,7 @@ class Merged:
             self.tokenizer_files = plan.vocabulary.files
         self._measured: dict[str, Measured] = {}
         self._whole: dict[str, Tensor] = {}
+        self._held: dict[tuple[Piece, ...], Held] = {}
         self._locks = {name: threading.RLock() for name in plan.tensors}
 
     def companions(self) -> Sequence[Path]:
@@ -109,7 +111,8 @@ class Merged:
         self._measured.pop(name, None)
         self._whole.pop(name, None)
         tensor = self.plan.tensors[name]
-        for piece in (*tensor.models, *([tensor.base] if tensor.base is not None else [])):
+        self._held.pop(tensor.pieces, None)
+        for piece in tensor.pieces:
             if isinstance(stage := unwrapped(self.plan.sources[piece.ref]), Merged):
                 stage.forget(piece.name)
 
@@ -118,14 +121,42 @@ class Merged:
     def _read(self, piece: Piece, rows: Rows) -> Tensor:
         return self.plan.sources[piece.ref].read(piece.name, rows)
 
-    def _stack(self, tensor: TensorPlan, rows: Rows, *, changes: bool) -> tuple[list[Tensor], Tensor | None]:
-        """Models, or models minus the base, and the base."""
-        old = self._read(tensor.base, rows) if tensor.base is not None else None
-        stored = [self._read(piece, rows) for piece in tensor.models]
-        for piece, x in zip(tensor.models, stored, strict=True):
-            refuse_nonfinite(piece, x)
-        if old is not None and tensor.base is not None:
-            refuse_nonfinite(tensor.base, old)
+    def _stored(self, tensor: TensorPlan, rows: Rows, *, again: bool) -> list[Tensor]:
+        """The models' rows and behind them the base's, as stored, all finite; kept where they are read again."""
+
+        def read() -> list[Tensor]:
+            stored = [self._read(piece, rows) for piece in tensor.pieces]
+            for piece, x in zip(tensor.pieces, stored, strict=True):
+                refuse_nonfinite(piece, x)
+            return stored
+
+        held = self._held_of(tensor) if again else self._held.get(tensor.pieces)
+        return read() if held is None else held.stored(rows, read, again=again)
+
+    def held_bytes(self, name: str) -> int:
+        """Memory in bytes that is kept of a tensor while it is merged."""
+        tensor = self.plan.tensors[name]
+        row, chunked = self.plan.rules.method, self._locality(tensor) != "tensor"
+        if tensor.role in ("fixed", "exact", "statistic") or not isinstance(row, Joint) or not chunked:
+            return 0
+        asked, elements = self._asked(tensor, names_of(self._rule(tensor)[0])), prod(tensor.info.shape)
+        stored = sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in tensor.pieces)
+        scores, bits = 4 * elements if row.shared else 0, elements * len(tensor.models) // 8
+        held = stored + scores if asked and stored <= HELD_BYTES else 0
+        return held + (bits if "stretch" in asked and bits <= HELD_BYTES else 0)
+
+    def _held_of(self, tensor: TensorPlan) -> Held:
+        pieces = tensor.pieces
+        if pieces not in self._held:
+            self._held[pieces] = Held(sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in pieces))
+        return self._held[pieces]
+
+    def _stack(
+        self, tensor: TensorPlan, rows: Rows, *, changes: bool, again: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Models, or models minus the base, and the base; what is read of a small tensor is kept if `again`."""
+        stored = self._stored(tensor, rows, again=again)
+        old = stored.pop() if tensor.base is not None else None
         dtype = compute_dtype(torch.float64 if any(x.dtype == torch.float64 for x in stored) else stored[0].dtype)
         if old is not None and old.dtype == torch.float64:
             dtype = torch.float64
@@ -173,14 +204,15 @@ class Merged:
 
     def _merged(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
         if tensor.role == "statistic":
-            return self._mean(tensor, rows)
+            return mean_of(self._stack(tensor, rows, changes=False)[0], tensor.weight)
         row = self.plan.rules.method
         if not isinstance(row, Joint):
             return self._folded(name, tensor, rows)
         function, matrix = self._rule(tensor)
         needs = names_of(function)
         changes = "d" in needs
-        stack, base = self._stack(tensor, rows, changes=changes)
+        asked = self._asked(tensor, needs)
+        stack, base = self._stack(tensor, rows, changes=changes, again=bool(asked))
         shown = [seen(x, tensor) for x in stack] if matrix else stack
         brought: dict[str, Any] = {"d": shown, "x": shown, "weight": tensor.weight}
         if base is not None:
@@ -192,14 +224,16 @@ class Merged:
                 for ref, p in zip(tensor.statistics, tensor.models, strict=True)
             ]
             brought[kind] = [x.to(stack[0].dtype) for x in read]
-        if "u" in needs:
-            brought["u"] = self._noise(name, tensor, rows)
-        if self._asked(tensor, needs):
+        if asked:
             measured = self._measure(name, tensor, rows, function)
             brought |= measured.brought
+            if rows in measured.masks:
+                brought |= {"u": (), "mask": unpacked(measured.masks[rows], stack[0].shape)}
             if measured.ranks is not None:
-                brought["keep"] = kept_of(row, measured, stack)
+                brought["keep"] = kept_of(measured, self._scores(tensor, rows, stack))
             measured.position = rows[1] if rows is not None else tensor.info.rows
+        if "u" in needs and "u" not in brought:
+            brought["u"] = self._noise(name, tensor, rows)
         merged = function(**{n: v for n, v in {**brought, **self._settings(tensor, function)}.items() if n in needs})
         merged = restored(merged, tensor) if matrix else merged
         if not changes:
@@ -215,18 +249,6 @@ class Merged:
 
     def _settings(self, tensor: TensorPlan, function: Any) -> dict[str, Any]:
         return {n: v for n, v in tensor.settings.items() if n in names_of(function)}
-
-    def _mean(self, tensor: TensorPlan, rows: Rows) -> Tensor:
-        """Running statistics: the mean weighted by the sizes of the weights, whatever the method."""
-        stack, _ = self._stack(tensor, rows, changes=False)
-        sizes = [abs(w) for w in tensor.weight]
-        total = sum(sizes)
-        if not total:
-            sizes, total = [1.0] * len(stack), float(len(stack))
-        merged = stack[0] * (sizes[0] / total)
-        for x, size in zip(stack[1:], sizes[1:], strict=True):
-            merged.add_(x, alpha=size / total)
-        return merged
 
     def _folded(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
         """A continual method, folded over the models in order; only one model's change is in memory at a time."""
@@ -256,9 +278,8 @@ class Merged:
             for part in self.chunks(name) if start else ():
                 if part is None or part[0] >= start:
                     break
-                stack, _ = self._stack(tensor, (part[0], min(part[1], start)), changes="d" in names_of(function))
                 if found.ranks is not None:
-                    kept_of(_joint(self.plan), found, stack)
+                    kept_of(found, self._scores(tensor, (part[0], min(part[1], start))))
             found.position = start
         return found
 
@@ -270,7 +291,7 @@ class Merged:
         parts: list[Rows] = [None] if whole else list(chunk_rows(shape, self._chunk_elements))
 
         def stacks() -> Iterator[list[Tensor]]:
-            return (self._stack(tensor, part, changes=changes)[0] for part in parts)
+            return (self._stack(tensor, part, changes=changes, again=True)[0] for part in parts)
 
         measured = Measured({})
         asked = self._asked(tensor, needs)
@@ -279,10 +300,10 @@ class Merged:
         if "keep" in asked:
             measured.ranks = self._ranks(tensor, parts, row, changes)
         if "energy" in asked:
-            squares = (kept for _, kept in self._kept_parts(name, tensor, parts, row, measured))
+            squares = (thinned for _, thinned in self._kept_parts(name, tensor, parts, row, measured))
             measured.brought["energy"] = sums(squares, cell, lambda x: x.double().square())
         if "stretch" in asked:
-            measured.brought["stretch"] = self._stretch(self._kept_parts(name, tensor, parts, row, measured), cell)
+            measured.brought["stretch"] = norm_ratios(self._kept_parts(name, tensor, parts, row, measured), cell)
         return measured
 
     def _asked(self, tensor: TensorPlan, needs: frozenset[str]) -> frozenset[str]:
@@ -291,13 +312,11 @@ class Merged:
         return needs & {"dots", "keep", "energy", *(("stretch",) if rescale == "l1" else ())}
 
     def _ranks(self, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, changes: bool) -> list[Ranked | None]:
-        assert row.score is not None
         assert row.ranks is not None
-        score, numel = row.score, prod(tensor.info.shape)
-        given = self._given(tensor)
+        numel, given = prod(tensor.info.shape), self._given(tensor)
 
-        def scores() -> Iterator[list[Tensor]]:
-            return ([*score(self._stack(tensor, part, changes=changes)[0])] for part in parts)
+        def scores() -> Iterator[Sequence[Tensor]]:
+            return (self._scores(tensor, part) for part in parts)
 
         counted: list[int] = []
         spans = []
@@ -314,45 +333,50 @@ class Merged:
         sought = [None if start == stop or (start, stop) == (0, numel) else (start, stop) for start, stop in spans]
         found: list[Ranked | None] = [None] * len(spans)
         if any(sought):
+            for part in parts if self._held_of(tensor).fits else ():
+                self._stored(tensor, part, again=True)  # the sample is taken from it
             found = ranked(scores, sought, numel, self._sample(tensor, row, changes))
         return [
             Ranked(inf, -1.0, 0, 0) if span == (0, numel) and numel else edges
             for span, edges in zip(spans, found, strict=True)
         ]
 
+    def _scores(self, tensor: TensorPlan, rows: Rows, stack: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+        """Scores of some rows, of the stack where it is there already; kept where one score serves all models."""
+        row = _joint(self.plan)
+
+        def score() -> list[Tensor]:
+            assert row.score is not None
+            changes = "d" in names_of(row.function)
+            return [*row.score(stack or self._stack(tensor, rows, changes=changes, again=True)[0])]
+
+        return self._held_of(tensor).scores(rows, score, again=row.shared)
+
     def _sample(self, tensor: TensorPlan, row: Joint, changes: bool) -> list[Tensor]:
         """Some of a tensor's scores, from rows that are evenly spread."""
         assert row.score is not None
-        rows, across = tensor.info.rows, prod(tensor.info.shape[1:])
-        wanted = min(rows, -(-SAMPLE_ELEMENTS * 4 // across))  # rows differ more than entries of one row
-        places = min(wanted, 8)
-        height = -(-wanted // places)
-        starts = [place * (rows - height) // max(1, places - 1) for place in range(places)]
-        taken = [(start, start + height) if tensor.info.shape else None for start in starts]
+        taken = spread_rows(tensor.info.shape, SAMPLE_ELEMENTS * 4)  # rows differ more than entries of one row
         parts = [row.score(self._stack(tensor, part, changes=changes)[0]) for part in taken]
         every = [torch.cat([x.reshape(-1) for x in same]) for same in zip(*parts, strict=True)]
         return [x[:: max(1, x.numel() // SAMPLE_ELEMENTS)] for x in every]
 
     def _kept_parts(
         self, name: str, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, measured: Measured
-    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    ) -> Iterator[tuple[list[Tensor], Iterator[Tensor]]]:
         """Changes, chunk by chunk, whole and with zeros where the method does not keep them."""
         fresh = Measured({}, [replace(r) if r is not None else None for r in measured.ranks or []])
         names = names_of(row.mask) if row.mask is not None else frozenset()
+        remembered = prod(tensor.info.shape) * len(tensor.models) <= 8 * HELD_BYTES
         for part in parts:
-            d, _ = self._stack(tensor, part, changes=True)
+            d, _ = self._stack(tensor, part, changes=True, again=True)
             if row.mask is None:
-                kept = kept_of(row, fresh, d)
+                masks: Any = kept_of(fresh, self._scores(tensor, part, d))
             else:
                 brought = {"d": d, "u": self._noise(name, tensor, part), **tensor.settings}
-                kept = [*row.mask(**{n: v for n, v in brought.items() if n in names})]
-            yield d, [x * m for x, m in zip(d, kept * len(d) if row.shared else kept, strict=True)]
-
-    def _stretch(self, parts: Iterator[tuple[list[Tensor], list[Tensor]]], cell: int) -> Tensor:
-        """L1 norm of each change over that of what is kept of it; 1 where nothing is."""
-        both = sums(([*d, *kept] for d, kept in parts), cell, torch.abs)
-        whole, left = both[: len(both) // 2], both[len(both) // 2 :]
-        return torch.tensor([a / b if b else 1.0 for a, b in zip(whole, left, strict=True)], dtype=torch.float64)
+                masks = row.mask(**{n: v for n, v in brought.items() if n in names})
+                if remembered:
+                    measured.masks[part] = packed(masks)
+            yield d, kept(d, repeat(masks[0]) if row.shared else masks)
 
     def _noise(self, name: str, tensor: TensorPlan, rows: Rows) -> list[Tensor]:
         shape = tensor.info.shape

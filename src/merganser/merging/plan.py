@@ -65,6 +65,11 @@ class TensorPlan:
     depth: float
     statistics: tuple[str, ...] = ()
 
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What it is made of: the models' tensors, and behind them the base's."""
+        return self.models if self.base is None else (*self.models, self.base)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -46,31 +46,26 @@ class Ranked:
 
     def mask(self, scores: Tensor) -> Tensor:
         """1 where the next entries are kept, else 0, in the type of the scores: comparisons are fastest that way."""
-        kept = torch.gt(scores, self.lower, out=torch.empty_like(scores))
-        if self.upper == self.lower:  # both edges lie among the same equals
-            kept.zero_()
-        if self.room:
-            self._take(kept, scores)
+        count = int(np.count_nonzero(_array(scores) == self.lower)) if self.room else 0
+        same = self.upper == self.lower  # both edges lie among the same equals
+        skip = min(self.skip, count) if same else 0
+        fit = 0 < count <= self.room and not skip  # all the equals are kept
+        kept = torch.empty_like(scores)
+        if same:
+            torch.eq(scores, self.lower, out=kept) if fit else kept.zero_()
+            self.skip -= skip
+        else:
+            (torch.ge if fit else torch.gt)(scores, self.lower, out=kept)
+        if count and not fit:
+            at = (scores == self.lower).reshape(-1).nonzero().squeeze(1)
+            kept.view(-1)[at[skip : skip + self.room]] = 1
+        self.room = max(0, self.room - (count - skip))
         if self.lower < self.upper < float("inf"):
             kept *= torch.lt(scores, self.upper, out=torch.empty_like(scores))
             at = (scores == self.upper).reshape(-1).nonzero().squeeze(1)
             kept.view(-1)[at[self.skip :]] = 1
             self.skip = max(0, self.skip - at.numel())
         return kept
-
-    def _take(self, kept: Tensor, scores: Tensor) -> None:
-        """Keep the first of those at the lower edge, as many as there is room for."""
-        equal = torch.eq(scores, self.lower, out=torch.empty_like(scores))
-        count = int(equal.sum(dtype=torch.float64))
-        skip = min(self.skip, count) if self.upper == self.lower else 0
-        if not skip and count <= self.room:
-            kept += equal
-        else:
-            at = equal.reshape(-1).nonzero().squeeze(1)
-            kept.view(-1)[at[skip : skip + self.room]] = 1
-        if self.upper == self.lower:
-            self.skip -= skip
-        self.room = max(0, self.room - (count - skip))
 
 
 def ranked(
@@ -158,7 +153,8 @@ class _Bracket:
         if self.inside > self.most:
             self.parts.clear()
         else:
-            self.parts.append(scores[reached ^ higher])
+            reached ^= higher
+            self.parts.append(scores.take(np.flatnonzero(reached)))
 
     def holds(self) -> bool:
         """Whether the score of the rank is inside, and was collected."""
@@ -169,7 +165,7 @@ class _Bracket:
         """The score of the rank, and how many scores are larger."""
         if self.low == self.high:
             return self.high, self.above
-        ordered = np.sort(np.concatenate(self.parts))
+        ordered = np.sort(np.concatenate(self.parts))  # np.partition takes longer where many are equal
         score = ordered[len(ordered) - 1 - (self.rank - self.above)]
         return float(score), self.above + len(ordered) - int(np.searchsorted(ordered, score, side="right"))
 

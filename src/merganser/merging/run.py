@@ -37,6 +37,8 @@ from merganser.version import __version__
 
 #: Bytes an element that a rule for whole matrices takes beside its inputs: float64 copies and factors.
 MATRIX_BYTES = 72
+#: Memory of a tensor that takes no more than this is not given back before the next: many are small and alike.
+KEPT_BYTES = 1 << 26
 
 
 def merge(recipe: str | Path, out: str | Path, *, lenient: bool = False, **options: Any) -> Path:
@@ -150,7 +152,7 @@ def run(
             for name, info in writer.infos.items()
             if name not in writer.done
         ]
-        run_jobs(jobs, threads=threads, progress=progress)
+        run_jobs(jobs, threads=threads, progress=progress, kept_bytes=KEPT_BYTES)
         read = {ref: digests_of(source) for ref, source in files_of(merged.plan).items()}
         finish(merged, writer, read, wall_s=time.perf_counter() - began, peak_memory_bytes=peak_memory())
     return out
@@ -254,7 +256,7 @@ def job_bytes(merged: Merged, name: str) -> int:
     matrix = MATRIX_BYTES if rows is None and is_matrix(tensor.role) else 0
     sources = [p for p in (*tensor.models, tensor.base) if p is not None]
     stored = sum(TORCH_DTYPES[merged.plan.sources[p.ref].infos[p.name].dtype].itemsize for p in sources)
-    return elements * (stored + item * (2 * len(sources) + 6) + matrix) + (1 << 20)
+    return elements * (stored + item * (2 * len(sources) + 6) + matrix) + merged.held_bytes(name) + (1 << 20)
 
 
 def peak_bytes(merged: Merged | AdapterMerge, threads: int) -> int:

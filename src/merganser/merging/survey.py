@@ -6,7 +6,8 @@ Everything is added up on a grid that depends on a tensor's shape alone, so no f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import fsum
+from itertools import chain
+from math import fsum, prod
 
 import torch
 from torch import Tensor
@@ -54,6 +55,21 @@ def chunk_rows(shape: Sequence[int], elements: int) -> Iterator[tuple[int, int]]
         yield start, min(rows, start + step)
 
 
+def spread_rows(shape: Sequence[int], elements: int) -> list[tuple[int, int] | None]:
+    """Rows of about that many elements in all, at eight places that are evenly spread; (None,) of a scalar.
+
+    >>> spread_rows((100, 10), 200)
+    [(0, 3), (13, 16), (27, 30), (41, 44), (55, 58), (69, 72), (83, 86), (97, 100)]
+    """
+    if not shape:
+        return [None]
+    wanted = min(shape[0], -(-elements // max(1, prod(shape[1:]))))
+    places = min(wanted, 8)
+    height = -(-wanted // places)
+    starts = [place * (shape[0] - height) // max(1, places - 1) for place in range(places)]
+    return [(start, start + height) for start in starts]
+
+
 def inner_products(chunks: Iterable[Stack], rows_of_a_cell: int) -> Tensor:
     """Inner products of K tensors, from the chunks of their stack in order.
 
@@ -82,22 +98,38 @@ def inner_products(chunks: Iterable[Stack], rows_of_a_cell: int) -> Tensor:
     return dots.triu() + dots.triu(1).T
 
 
-def sums(chunks: Iterable[Stack], rows_of_a_cell: int, each: Callable[[Tensor], Tensor]) -> list[float]:
+def sums(chunks: Iterable[Iterable[Tensor]], rows_of_a_cell: int, each: Callable[[Tensor], Tensor]) -> list[float]:
     """Sum over the entries of each of K tensors, from the chunks of their stack in order.
 
     Args:
-        chunks: K tensors each, of the same rows.
+        chunks: K tensors each, of the same rows; one is done with before the next is asked for.
         rows_of_a_cell: of the grid.
         each: what is summed up: entries -> their contributions.
     """
     found: list[list[float]] = []
     for stack in chunks:
-        found = found or [[] for _ in stack]
-        for terms, x in zip(found, stack, strict=True):
+        for k, x in enumerate(stack):
+            if k == len(found):
+                found.append([])
             rows = x.shape[0] if x.dim() else 1
             for start in range(0, rows, rows_of_a_cell):
-                terms.append(float(each(_part(x, start, start + rows_of_a_cell)).sum(dtype=torch.float64)))
+                found[k].append(float(each(_part(x, start, start + rows_of_a_cell)).sum(dtype=torch.float64)))
     return [fsum(terms) for terms in found]
+
+
+def norm_ratios(parts: Iterable[tuple[Stack, Iterable[Tensor]]], rows_of_a_cell: int) -> Tensor:
+    """L1 norm of each of K tensors over that of what is kept of it; 1 where nothing is.
+
+    Args:
+        parts: chunk by chunk, the K tensors and the K with zeros where they are not kept.
+        rows_of_a_cell: of the grid.
+
+    Returns:
+        float64, shape (K,).
+    """
+    both = sums((chain(d, kept) for d, kept in parts), rows_of_a_cell, torch.abs)
+    whole, left = both[: len(both) // 2], both[len(both) // 2 :]
+    return torch.tensor([a / b if b else 1.0 for a, b in zip(whole, left, strict=True)], dtype=torch.float64)
 
 
 def _part(x: Tensor, start: int, stop: int) -> Tensor:

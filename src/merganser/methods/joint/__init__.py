@@ -60,9 +60,12 @@ Locality = Literal["element", "row", "tensor"]
 #: | dots | K K | inner products of the whole tensors in the stack that the function takes, float64 |
 #: | energy | K | sum of squares of the kept entries of each whole change, float64 |
 #: | stretch | K | L1 norm of each whole change over that of its masked entries, float64 |
+#: | mask | K *S | what the row's `mask` gave when `stretch` was measured, where it was kept; then `u` is empty |
 #: | gram | K n n | second moments of the inputs of a linear layer |
 #: | fisher | K *S | diagonal of the Fisher information |
-JOINT_BROUGHT = frozenset({"x", "d", "base", "weight", "u", "keep", "dots", "energy", "stretch", "gram", "fisher"})
+JOINT_BROUGHT = frozenset(
+    {"x", "d", "base", "weight", "u", "keep", "dots", "energy", "stretch", "mask", "gram", "fisher"}
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,18 @@ def magnitude(d: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     tensor([[2., 1.]])
     """
     return d.abs() if isinstance(d, Tensor) else [d_k.abs() for d_k in d]
+
+
+def less(x: Tensor, than: Tensor | float, *, out: Tensor) -> Tensor:
+    """Where x is less, as truth values; on a CPU by numpy, which finds them several times faster than torch.
+
+    >>> less(torch.tensor([1.0, 2.0]), 1.5, out=torch.empty(2, dtype=torch.bool))
+    tensor([ True, False])
+    """
+    if x.device.type != "cpu":
+        return torch.lt(x, than, out=out)
+    np.less(x.numpy(), than.numpy() if isinstance(than, Tensor) else than, out=out.numpy())
+    return out
 
 
 def kept(d: Tensor | Sequence[Tensor], keep: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -9,14 +9,14 @@ Source: Yu et al. 2023, arXiv:2311.03099; the paper's drop rate p is 1 - density
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from merganser.methods.joint._elect import elected
-from merganser.methods.joint._keep import factors_of, shares_of
+from merganser.methods.joint._keep import factors_of, kept, less, shares_of
 from merganser.methods.joint._sum import total_of, weighted_sum, weights_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def dare_mask(
     >>> dare_mask(torch.tensor([[0.1, 0.9]]))
     tensor([[ True, False]])
     """
-    return torch.stack([u_k < p for u_k, p in zip(u, shares_of("density", density, len(u)), strict=True)])
+    kept_entries = torch.empty(len(u), *u[0].shape, dtype=torch.bool, device=u[0].device)
+    for mask, u_k, p in zip(kept_entries, u, shares_of("density", density, len(u)), strict=True):
+        less(u_k, p, out=mask)
+    return kept_entries
 
 
 def dare_linear(
@@ -48,6 +51,7 @@ def dare_linear(
     *,
     weight: Float[Tensor, " K"] | Sequence[float],
     u: Float[Tensor, " K *S"] | Sequence[Float[Tensor, "*S"]],
+    mask: Bool[Tensor, " K *S"] | Iterable[Bool[Tensor, "*S"]] | None = None,
     stretch: Float[Tensor, " K"] | Sequence[float] | None = None,
     density: float | Sequence[float] = 0.5,
     scale: float = 1.0,
@@ -60,6 +64,7 @@ def dare_linear(
         d: each model minus the base.
         weight: one real factor a model.
         u: noise, uniform on [0, 1).
+        mask: what `dare_mask` gives, where that is known; `u` is not looked at then.
         stretch: needed where `rescale` is "l1".
         density: expected share kept, in (0, 1]; one number or one a model.
         scale: the coefficient lambda, any finite number.
@@ -79,7 +84,7 @@ def dare_linear(
     densities, factors = _shares_and_factors(density, rescale, stretch, len(d))
     weights = weights_of(weight, len(d))
     parts = [w * factor for w, factor in zip(weights, factors, strict=True)]
-    merged = weighted_sum(_thinned(d, u, densities), parts, scale=scale)
+    merged = weighted_sum(_thinned(d, u, densities, mask), parts, scale=scale)
     return merged.div_(total_of(weights)) if normalize else merged
 
 
@@ -88,6 +93,7 @@ def dare_ties(
     *,
     weight: Float[Tensor, " K"] | Sequence[float],
     u: Float[Tensor, " K *S"] | Sequence[Float[Tensor, "*S"]],
+    mask: Bool[Tensor, " K *S"] | Iterable[Bool[Tensor, "*S"]] | None = None,
     stretch: Float[Tensor, " K"] | Sequence[float] | None = None,
     density: float | Sequence[float] = 0.5,
     scale: float = 1.0,
@@ -101,6 +107,7 @@ def dare_ties(
         d: each model minus the base.
         weight: one real factor a model.
         u: noise, uniform on [0, 1).
+        mask: what `dare_mask` gives, where that is known; `u` is not looked at then.
         stretch: needed where `rescale` is "l1".
         density: expected share kept, in (0, 1]; one number or one a model.
         scale: the coefficient lambda, any finite number.
@@ -120,7 +127,7 @@ def dare_ties(
     """
     densities, factors = _shares_and_factors(density, rescale, stretch, len(d))
     weights = weights_of(weight, len(d))
-    changes = _thinned(d, u, densities)
+    changes = _thinned(d, u, densities, mask)
     return elected(changes, weights, factors=factors, normalize=normalize, cancelled=cancelled, scale=scale)
 
 
@@ -133,8 +140,16 @@ def _shares_and_factors(
     return densities, [1 / p for p in densities] if rescale == "share" else factors
 
 
-def _thinned(d: Tensor | Sequence[Tensor], u: Tensor | Sequence[Tensor], densities: list[float]) -> Iterator[Tensor]:
+def _thinned(
+    d: Tensor | Sequence[Tensor],
+    u: Tensor | Sequence[Tensor],
+    densities: list[float],
+    mask: Tensor | Iterable[Tensor] | None,
+) -> Iterator[Tensor]:
     """Each change with zeros where it is dropped, one after another in the same buffer."""
+    if mask is not None:
+        yield from kept(d, mask)
+        return
     buffer = torch.empty_like(d[0])
     for d_k, u_k, p in zip(d, u, densities, strict=True):
         yield torch.lt(u_k, p, out=buffer).mul_(d_k)

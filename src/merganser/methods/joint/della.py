@@ -14,7 +14,7 @@ epsilon / n short of its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from merganser.errors import ParameterError
 from merganser.methods.joint._elect import elected
-from merganser.methods.joint._keep import factors_of, shares_of
+from merganser.methods.joint._keep import factors_of, kept, less, shares_of
 from merganser.methods.joint._sum import weighted_sum, weights_of
 from merganser.numerics import per_model
 
@@ -57,7 +57,10 @@ def della_mask(
     tensor([[False,  True]])
     """
     chances = _chances(density, epsilon, row, len(d))
-    return torch.stack([u_k < _chance(d_k, c, row) for d_k, u_k, c in zip(d, u, chances, strict=True)])
+    kept_entries = torch.empty(len(d), *d[0].shape, dtype=torch.bool, device=d[0].device)
+    for mask, d_k, u_k, between in zip(kept_entries, d, u, chances, strict=True):
+        less(u_k, _chance(d_k, between, row), out=mask)
+    return kept_entries
 
 
 def della_linear(
@@ -65,6 +68,7 @@ def della_linear(
     *,
     weight: Float[Tensor, " K"] | Sequence[float],
     u: Float[Tensor, " K *S"] | Sequence[Float[Tensor, "*S"]],
+    mask: Bool[Tensor, " K *S"] | Iterable[Bool[Tensor, "*S"]] | None = None,
     stretch: Float[Tensor, " K"] | Sequence[float] | None = None,
     density: float | Sequence[float] = 0.5,
     epsilon: float | Sequence[float] = 0.3,
@@ -79,6 +83,7 @@ def della_linear(
         d: each model minus the base.
         weight: one real factor a model.
         u: noise, uniform on [0, 1).
+        mask: what `della_mask` gives, where that is known; used unless `rescale` is "share", which needs the chances.
         stretch: needed where `rescale` is "l1".
         density: expected share kept, in (0, 1]; one number or one a model.
         epsilon: chance of the largest entry of a row less that of the smallest; density +- epsilon / 2
@@ -102,7 +107,7 @@ def della_linear(
     chances = _chances(density, epsilon, row, len(d))
     factors = factors_of(rescale, stretch, len(d), choices=RESCALES)
     weights = weights_of(weight, len(d))
-    changes = _thinned(d, u, chances, factors, share=rescale == "share", row=row)
+    changes = _thinned(d, u, chances, factors, mask, share=rescale == "share", row=row)
     return weighted_sum(changes, weights, normalize=normalize, scale=scale)
 
 
@@ -111,6 +116,7 @@ def della(
     *,
     weight: Float[Tensor, " K"] | Sequence[float],
     u: Float[Tensor, " K *S"] | Sequence[Float[Tensor, "*S"]],
+    mask: Bool[Tensor, " K *S"] | Iterable[Bool[Tensor, "*S"]] | None = None,
     stretch: Float[Tensor, " K"] | Sequence[float] | None = None,
     density: float | Sequence[float] = 0.5,
     epsilon: float | Sequence[float] = 0.3,
@@ -126,6 +132,7 @@ def della(
         d: each model minus the base.
         weight: one real factor a model.
         u: noise, uniform on [0, 1).
+        mask: what `della_mask` gives, where that is known; used unless `rescale` is "share", which needs the chances.
         stretch: needed where `rescale` is "l1".
         density: expected share kept, in (0, 1]; one number or one a model.
         epsilon: chance of the largest entry of a row less that of the smallest; density +- epsilon / 2
@@ -150,7 +157,7 @@ def della(
     chances = _chances(density, epsilon, row, len(d))
     factors = factors_of(rescale, stretch, len(d), choices=RESCALES)
     weights = weights_of(weight, len(d))
-    changes = _thinned(d, u, chances, factors, share=rescale == "share", row=row)
+    changes = _thinned(d, u, chances, factors, mask, share=rescale == "share", row=row)
     return elected(changes, weights, normalize=normalize, cancelled=cancelled, scale=scale)
 
 
@@ -177,11 +184,15 @@ def _thinned(
     u: Tensor | Sequence[Tensor],
     chances: Chances,
     factors: list[float],
+    mask: Tensor | Iterable[Tensor] | None,
     *,
     share: bool,
     row: str,
 ) -> Iterator[Tensor]:
     """Each change with zeros where it is dropped, rescaled."""
+    if mask is not None and not share:
+        yield from (x.mul_(factor) for x, factor in zip(kept(d, mask), factors, strict=True))
+        return
     for d_k, u_k, between, factor in zip(d, u, chances, factors, strict=True):
         chance = _chance(d_k, between, row)
         x = torch.lt(u_k, chance, out=torch.empty_like(d_k)).mul_(d_k)
@@ -212,15 +223,17 @@ def _order(rows: Tensor) -> Tensor:
         return torch.sort(size, dim=1, stable=True).indices
     bits, width = size.view(torch.int32), (n - 1).bit_length()
     low = (1 << width) - 1
-    if width > 13 or int(torch.count_nonzero(bits & low)) > bits.numel() // 50:
+    some = bits[:: 1 + len(bits) // 8]  # enough to see what kind of numbers they are
+    if width > 13 or int(torch.count_nonzero(some & low)) > some.numel() // 50:
         return _order_of_long_keys(bits)
     keys = torch.bitwise_and(bits, ~low).bitwise_or_(torch.arange(n, dtype=torch.int32))
     keys.numpy().sort(axis=1)
     order = keys.bitwise_and_(low).long()
-    placed = bits.gather(1, order)
-    wrong = (placed[:, 1:] < placed[:, :-1]).any(dim=1)
-    if bool(wrong.any()):
-        order[wrong] = _order_of_long_keys(bits[wrong])
+    placed = bits.gather(1, order).numpy()
+    wrong = placed[:, 1:] < placed[:, :-1]
+    if wrong.any():
+        again = torch.from_numpy(wrong.any(axis=1))
+        order[again] = _order_of_long_keys(bits[again])
     return order
 
 

@@ -9,7 +9,7 @@ PEER_VENV := .venv-peer
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 
 $(PEER_VENV)/.installed: constraints.txt
 	test -x $(PEER_VENV)/bin/python || $(PYTHON) -m venv $(PEER_VENV)
-	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 mergekit==0.1.5 transformers==5.24.0
+	$(PEER_VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch==2.13.0 mergekit==0.1.5 transformers==5.24.0
 	touch $@
 
 test-peer: $(VENV)/.installed $(PEER_VENV)/.installed

@@ -13,9 +13,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 
 
-#: What a stranger types first, and what starts processes itself, runs in processes of its own; the rest in this one,
-#: which has loaded torch already.
-PROCESSES = ("README.md", "cluster.md", "decentral.md")
+#: What starts processes itself runs in a process of its own; the rest in this one, which has loaded torch already.
+PROCESSES = ("cluster.md", "decentral.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -2,7 +2,8 @@
 
 numpy copies the matrix on its way in and the vectors on their way out, scipy's own wrapper keeps the lock, and both
 take their workspace in small pages: a tenth of the time of a matrix of order 768. scipy offers LAPACK to Cython as
-plain C functions; here one of them is called. Where it was built with other integers, numpy's solver is.
+plain C functions; here one of them is called, on one thread: several tensors are at work at a time. Where it was built
+with other integers, numpy's solver is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,7 +69,11 @@ def eigen_in_place(g: Tensor) -> Tensor:
 def _dsyevd() -> Callable[..., None] | None:
     """The C function; Cython names its capsule by the signature. None if its integers are wider than C's."""
     from scipy.linalg import cython_lapack
+    from threadpoolctl import ThreadpoolController
 
+    for pool in ThreadpoolController().lib_controllers:
+        if "scipy" in Path(pool.filepath).parent.name:
+            pool.set_num_threads(1)
     capsule = cython_lapack.__pyx_capi__["dsyevd"]
     name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]

@@ -157,8 +157,7 @@ def _one_thread() -> None:
 
 @cache
 def _thread_pools() -> Any:
-    """Of numpy's and scipy's linear algebra; looked for once: an interrupt while they are looked for would be lost."""
-    import scipy.linalg.lapack  # noqa: F401  # only what is loaded is found
+    """Of numpy's linear algebra; looked for once, since an interrupt while it is looked for would be lost."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

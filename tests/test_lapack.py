@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -63,3 +66,35 @@ def test_two_at_once_give_the_bits_of_one() -> None:
     for one, other in zip(alone * 5, together, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+
+
+THREADS = """
+import torch
+from threadpoolctl import threadpool_info
+from merganser import lapack
+
+def threads():
+    return {info["num_threads"] for info in threadpool_info()} | {torch.get_num_threads()}
+
+before = threads()
+with lapack.single_threaded():
+    with lapack.single_threaded():
+        lapack.eigen_in_place(torch.eye(4, dtype=torch.float64))  # loads an algebra of its own
+        inner = threads()
+    outer = threads()
+after = threads()
+with lapack.single_threaded():
+    again = threads()
+print([max(found) for found in (before, inner, outer, after, again, threads())])
+"""
+
+
+def test_what_is_loaded_within_takes_one_thread_and_has_its_own_again_afterwards() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        env=os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[2, 1, 1, 2, 1, 2]\n"

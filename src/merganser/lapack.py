@@ -1,17 +1,17 @@
-"""LAPACK's symmetric eigensolver in place, outside of Python's lock.
+"""LAPACK's symmetric eigensolver in place, outside of Python's lock, and how many threads linear algebra takes.
 
 numpy copies the matrix on its way in and the vectors on their way out, scipy's own wrapper keeps the lock, and both
 take their workspace in small pages: a tenth of the time of a matrix of order 768. scipy offers LAPACK to Cython as
-plain C functions; here one of them is called, on one thread: several tensors are at work at a time. Where it was built
-with other integers, numpy's solver is.
+plain C functions; here one of them is called. Where it was built with other integers, numpy's solver is.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,11 +69,10 @@ def eigen_in_place(g: Tensor) -> Tensor:
 def _dsyevd() -> Callable[..., None] | None:
     """The C function; Cython names its capsule by the signature. None if its integers are wider than C's."""
     from scipy.linalg import cython_lapack
-    from threadpoolctl import ThreadpoolController
 
-    for pool in ThreadpoolController().lib_controllers:
-        if "scipy" in Path(pool.filepath).parent.name:
-            pool.set_num_threads(1)
+    _pools.cache_clear()  # it brought a pool of its own
+    for limits in _limited[:1]:  # the outermost, which ends last and gives it its threads back then
+        limits.enter_context(_pools().limit(limits=1))
     capsule = cython_lapack.__pyx_capi__["dsyevd"]
     name_of, pointer_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
@@ -83,3 +82,30 @@ def _dsyevd() -> Callable[..., None] | None:
     if (signature.count(b" *"), signature.count(b"int *")) != (11, 6):  # LAPACK built with 64-bit integers
         return None
     return ctypes.CFUNCTYPE(None, *arguments)(pointer_of(capsule, signature))
+
+
+#: Contexts of `single_threaded` that are open, the outermost first.
+_limited: list[ExitStack] = []
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Linear algebra on one thread, torch's, numpy's and scipy's, even if that is loaded meanwhile; then as before."""
+    before = torch.get_num_threads()
+    with ExitStack() as limits:
+        limits.callback(torch.set_num_threads, before)
+        torch.set_num_threads(1)
+        limits.enter_context(_pools().limit(limits=1))
+        _limited.append(limits)
+        try:
+            yield
+        finally:
+            _limited.remove(limits)
+
+
+@cache
+def _pools() -> Any:
+    """Of all algebra that is loaded; looked for once, since an interrupt while it is looked for would be lost."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

@@ -1,7 +1,8 @@
-"""No output may replace, hold or lie within what it is made of."""
+"""Files that a reference stands for: no output may replace, hold or lie within what it is made of."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,17 @@ def local_paths(ref: str) -> list[Path]:
     """What is on this machine of the parts of a reference, with links resolved."""
     parts = [ref] if Path(ref).exists() else [part.partition("::")[0] for part in ref.split("+")]
     return [path.resolve() for path in (Path(part).expanduser() for part in parts) if path.exists()]
+
+
+def stamp(refs: Iterable[str]) -> str:
+    """One line that stands for the files of references as they are now: paths, sizes and times."""
+    hashed = hashlib.sha256()
+    for ref in refs:
+        for path in local_paths(ref):
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                status = file.stat()
+                hashed.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return hashed.hexdigest()
 
 
 def refuse_overlap(out: Path, inputs: Iterable[str]) -> None:

@@ -232,11 +232,11 @@ class Pass:
         shape, squares = self.base.infos[name].shape, []
         slots = self.kind.slot_shapes(role, shape)
         whole = not self.kind.chunked(role, shape)
-        known = any(name in a.found for a in self.arrivals)
+        known, float64 = any(name in a.found for a in self.arrivals), self.ledger.float64
         for start, stop in [(0, 1)] if whole else chunks(shape):
             rows = None if whole or not shape else (start, stop)
             state = {s: sums.read(f"{s}/{name}", rows).to(self.device) for s in slots} if sums is not None else {}
-            old = self._base(name, rows, base) if known else None  # read once, for all of them
+            old = read_base(self.base, name, rows, base, float64=float64, device=self.device) if known else None
             for arrival, reading in zip(self.arrivals, readings, strict=True):
                 d = self._change(arrival, name, rows, old, reading)
                 state = self._updated(name, role, state, self.kind.seen(role, shape, d), arrival)
@@ -260,9 +260,6 @@ class Pass:
         except ParameterError as error:
             raise ParameterError(f"{name}: {error.message}", error.hint) from error
         return {slot: narrowed(x, self.ledger.sums_dtype, f"{slot}/{name}") for slot, x in new.items()}
-
-    def _base(self, name: str, rows: tuple[int, int] | None, reading: Reading) -> Tensor:
-        return read_base(self.base, name, rows, reading, float64=self.ledger.float64, device=self.device)
 
     def _change(
         self, arrival: Arrival, name: str, rows: tuple[int, int] | None, old: Tensor | None, reading: Reading

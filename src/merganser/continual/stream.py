@@ -10,20 +10,22 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 
 from merganser.errors import ParameterError
+from merganser.lapack import single_threaded
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 #: Elements that are handled at a time where a rule looks at one element only.
 CHUNK_ELEMENTS = 1 << 20
+#: Within a job, freed blocks up to this many bytes are kept for the next ones of the same size.
+KEPT_BLOCK = 3 << 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def peak_bytes(jobs: Sequence[Job[T]], threads: int) -> int:
 
 
 def run_jobs(
-    jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None = None, kept_bytes: int = 3 << 20
+    jobs: Sequence[Job[T]], *, threads: int, progress: Progress | None = None, kept_bytes: int = KEPT_BLOCK
 ) -> dict[str, T]:
     """Run every job, the largest first; stop at the first error.
 
@@ -119,7 +121,7 @@ def run_jobs(
 
     give_memory_back = _allocator()
     order = sorted(jobs, key=lambda job: (-job.peak_bytes, job.name))
-    with _single_threaded_algebra(), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
+    with single_threaded(), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
         futures = {job.name: pool.submit(work, job) for job in order}
         try:
             return {job.name: futures[job.name].result() for job in jobs}  # type: ignore[misc]  # only a stopped job gives None
@@ -130,8 +132,6 @@ def run_jobs(
 
 # Large tensors in huge pages: less time in page faults. torch reads this once, before its first large allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-#: Within a job, freed blocks up to this many bytes are kept for the next ones of the same size.
-KEPT_BLOCK = 3 << 20
 
 
 def _allocator() -> Callable[[], object]:
@@ -153,24 +153,6 @@ def _allocator() -> Callable[[], object]:
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@cache
-def _thread_pools() -> Any:
-    """Of numpy's linear algebra; looked for once, since an interrupt while it is looked for would be lost."""
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
-
-
-@contextmanager
-def _single_threaded_algebra() -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        with _thread_pools().limit(limits=1):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def chunks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

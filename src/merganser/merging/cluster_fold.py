@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merganser.checkpoints.overlap import stamp
 from merganser.checkpoints.placed import Place, PlacedWriter
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from merganser.continual.changing import How, arrivals, take_in
@@ -25,7 +26,7 @@ from merganser.continual.passing import Outcome, Pass, Result
 from merganser.continual.stream import Progress, peak_bytes, run_jobs
 from merganser.merging.cluster_jobs import Part
 from merganser.merging.cluster_tasks import Handout, Limits, Tasks, threads_of
-from merganser.merging.cluster_worker import Failure, attempted, flush, refuse_missing, refuse_other, stamp
+from merganser.merging.cluster_worker import Failure, attempted, flush, refuse_missing, refuse_other
 from merganser.version import __version__
 
 

@@ -207,7 +207,7 @@ def coordinate(
         if given[part.number] >= attempts:
             raise ClusterError(
                 f"{part.label} was given to {attempts} workers one after the other and lost each time: {why}",
-                "if memory ran out, fewer --threads take less of it",
+                "if memory ran out, fewer --threads, a smaller --shard-bytes or --memory (of merge) make tasks smaller",
             )
         waiting.appendleft(part)
 

@@ -5,17 +5,15 @@ Errors go back as plain words, so that they are raised where the work was asked 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from merganser import errors
-from merganser.checkpoints.overlap import local_paths
 from merganser.checkpoints.writer import sync
 from merganser.errors import ClusterError, MerganserError, OutputError
 
@@ -60,17 +58,6 @@ def attempted(cwd: str, label: str, do: Callable[[], T]) -> T | Failure:
         return Failure(
             "ClusterError", f"{label} failed with {type(error).__name__}: {error} (on {host})", None
         )  # a defect, of ours or of what we use: its kind and words, not its trace
-
-
-def stamp(refs: Iterable[str]) -> str:
-    """One line that stands for the files of references as they are now: paths, sizes and times."""
-    hashed = hashlib.sha256()
-    for ref in refs:
-        for path in local_paths(ref):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                status = file.stat()
-                hashed.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return hashed.hexdigest()
 
 
 def refuse_other(key: str, expected: str) -> None:

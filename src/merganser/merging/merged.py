@@ -26,8 +26,7 @@ from merganser.merging.post import finished
 from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
 from merganser.merging.survey import cell_rows, chunk_rows, inner_products, norm_ratios, spread_rows, sums
 from merganser.merging.vocabulary_rows import unwrapped
-from merganser.methods.joint import Joint, Locality, names_of
-from merganser.methods.joint._keep import kept
+from merganser.methods.joint import Joint, Locality, kept, names_of
 from merganser.noise import uniform
 from merganser.numerics import compute_dtype, narrowed, sum_is_finite
 from merganser.types import TensorInfo

@@ -15,7 +15,7 @@ import torch
 from merganser.checkpoints import open_source
 from merganser.checkpoints.folder import stem_for
 from merganser.checkpoints.lora_config import CONFIG_NAME
-from merganser.checkpoints.overlap import local_paths, refuse_overlap
+from merganser.checkpoints.overlap import refuse_overlap, stamp
 from merganser.checkpoints.placed import PlacedWriter
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory, write_json
 from merganser.continual.roles import is_matrix
@@ -321,9 +321,5 @@ def key_of(merged: Merged) -> str:
         parts += [(name, tensor) for name, tensor in plan.tensors.items()]
         parts += [sorted(plan.aliases.items()), sorted(recipe.written.items())]  # by what is written noise is drawn
         hashed.update(repr(parts).encode())
-    for ref in files_of(merged.plan):
-        for path in local_paths(ref):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                status = file.stat()
-                hashed.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    hashed.update(stamp(files_of(merged.plan)).encode())
     return hashed.hexdigest()

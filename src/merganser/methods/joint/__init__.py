@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from merganser.methods.joint._keep import kept as kept
 from merganser.methods.joint._keep import magnitude
 from merganser.methods.joint._mean import mean_of_changes, mean_of_models
 from merganser.methods.joint.arcee_fusion import arcee_fusion

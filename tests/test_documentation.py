@@ -13,11 +13,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 
 
-#: What starts processes itself runs in a process of its own; the rest in this one, which has loaded torch already.
-PROCESSES = ("cluster.md", "decentral.md")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.xdist_group("ray") if p.name == "cluster.md" else (), id=p.name) for p in PAGES],
+)
 def test_commands_of_a_page_print_what_it_shows(
     page: Path,
     tmp_path: Path,
@@ -31,7 +30,7 @@ def test_commands_of_a_page_print_what_it_shows(
     shown = console_blocks(page)
     assert shown, "a page without a command teaches nothing"
     for command, expected in shown:
-        if page.name in PROCESSES:
+        if "--ray" in command:  # Ray is started and ended there; the rest runs here, where torch is loaded already
             printed = in_a_process(command)
         else:
             monkeypatch.setattr(sys, "stderr", sys.stdout)

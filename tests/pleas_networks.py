@@ -46,6 +46,9 @@ def nans():
 def labelled():
     return [(x, (x[:, 0] > 0).long()) for x in batches()]
 
+def labelled_wrongly():
+    return [(x, 7 * y) for x, y in labelled()]
+
 def pictures():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)), torch.zeros(2, 3, 4, 4)
 """  # noqa: E501

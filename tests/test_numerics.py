@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from merganser.numerics import (
     DTYPE_NAMES,
     TORCH_DTYPES,
+    all_finite,
     compute_dtype,
     live_factors,
     pack_symmetric,
@@ -168,3 +169,29 @@ def test_arithmetic_is_in_float32_unless_float64_is_stored_or_asked_for(stored: 
     assert compute_dtype(stored) == torch.float32
     assert compute_dtype(stored, float64=True) == torch.float64
     assert compute_dtype(torch.float64) == torch.float64
+
+
+@given(
+    count=st.integers(1, 300),
+    place=st.floats(0, 1, exclude_max=True),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    strided=st.booleans(),
+)
+def test_one_entry_that_is_not_finite_is_seen_wherever_it_stands(
+    count: int, place: float, bad: float, dtype: torch.dtype, strided: bool
+) -> None:
+    x = torch.linspace(-1, 1, 3 * count).to(dtype)
+    x = x[1::3] if strided else x[:count]
+    assert all_finite(x)
+    x[int(place * count)] = bad
+    assert not all_finite(x)
+    assert not all_finite(x[int(place * count)])
+
+
+def test_the_largest_numbers_of_a_type_and_no_numbers_are_finite() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert all_finite(torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype))
+    assert all_finite(torch.empty(0, 3))
+    assert all_finite(torch.tensor([1, 2]))
+    assert all_finite(torch.tensor(True))

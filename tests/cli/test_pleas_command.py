@@ -188,9 +188,31 @@ def test_types_stay_those_of_the_files(shop: Path, run: Run) -> None:
     assert {x.dtype for x in load_file("out/model.safetensors").values()} == {torch.float16}
 
 
+def test_a_probe_fits_the_last_layer_to_labels_and_nothing_else(shop: Path, run: Run) -> None:
+    asked = ("--budget", "1.5", "--curve", "curve.md", "--budgets", "1,1.5", "--labelled", "nets.py:labelled")
+    assert run(*words("a", "b", *asked, "--quiet"))[0] == 0
+    without = [line.split(" | ")[-1] for line in Path("curve.md").read_text().splitlines()[2:]]
+    code, text, error = run(*words("a", "b", *asked, "--overwrite", "--probe", "nets.py:labelled"))
+    assert (code, error) == (0, "")
+    assert "the last layer was fitted to 96 labelled examples of nets.py:labelled" in text
+    rights = [line.split(" | ")[-1] for line in Path("curve.md").read_text().splitlines()[2:]]
+    assert all(float(y.split()[0]) > float(x.split()[0]) + 20 for x, y in zip(without, rights, strict=True))
+    with torch.no_grad():
+        right = float((built()(_batches()).argmax(1) == (_batches()[:, 0] > 0)).float().mean())
+    assert rights[-1].startswith(f"{100 * right:.1f} %")
+    told = json.loads(Path("out/merganser.json").read_text())
+    assert told["probe"] == {"labelled": "nets.py:labelled", "examples": 96}
+    assert run(*words("a", "b", "--budget", "1.5", "--quiet", out="plain"))[0] == 0
+    one, other = (load_file(f"{folder}/model.safetensors") for folder in ("out", "plain"))
+    assert {n.rpartition(".")[0] for n in one if not torch.equal(one[n], other[n])} == {"4"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (("--probe", "nets.py:batches"), "pairs of inputs and classes"),
+        (("--probe", "nets.py:nobody"), "nobody"),
+        (("--probe", "nets.py:labelled_wrongly"), "classes are 0 to 7, and 4 has 3 outputs"),
         (("--budget", "0.9"), "a budget of 0.9 is not in [1, 2]"),
         (("--budget", "2.1"), "a budget of 2.1 is not in [1, 2]"),
         (("--budget", "nan"), "a budget of nan is not in [1, 2]"),

@@ -13,7 +13,7 @@ Both networks are in one order of units only if they were brought into it; nothi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -29,6 +29,7 @@ from merganser.align.match import Progress
 from merganser.align.streams import Stream, grouped, run_watched, streams_of
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.noise import drawn
+from merganser.numerics import all_finite
 
 #: Bytes of rows in float64 that are multiplied at once.
 CHUNK_BYTES = 1 << 26
@@ -208,11 +209,12 @@ def joint_groups(
 
 @dataclass(frozen=True)
 class _Draw:
-    """Which rows of a batch are measured: `share` of a layer, or all where it is None."""
+    """Which rows of a batch are measured, in both networks: `share` of a layer, or all where it is None."""
 
     seed: int
     batch: int
     share: int | None
+    _known: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def rows(self, stream: Stream, call: int, count: int) -> Tensor | None:
         """Numbers of rows out of `count`, ascending; None stands for all."""
@@ -221,7 +223,10 @@ class _Draw:
         wanted = self.share * (call + 1) // stream.calls - self.share * call // stream.calls
         if wanted >= count:
             return None
-        return drawn(self.seed, f"batch {self.batch}, run {call}", stream.names[0], count, wanted)
+        name = stream.names[0]
+        if (name, call, count) not in self._known:
+            self._known[name, call, count] = drawn(self.seed, f"batch {self.batch}, run {call}", name, count, wanted)
+        return self._known[name, call, count]
 
 
 class _Sums:
@@ -297,7 +302,7 @@ class _Sums:
         return Joint(gram, self.count, (1, 1) if self.stream.windows is None else self.stream.windows.kernel)
 
     def _check(self, *tensors: Tensor) -> None:
-        if not all(bool(torch.isfinite(x).all()) for x in tensors):
+        if not all(map(all_finite, tensors)):
             name = self.stream.names[0]
             raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
 

@@ -25,7 +25,7 @@ from merganser.align.wider import Record, filled, rewidened
 from merganser.checkpoints import open_source
 from merganser.checkpoints.writer import CheckpointWriter, write_json
 from merganser.errors import MerganserError, MissingTensorError, NonFiniteError, OutputError, ParameterError, RefError
-from merganser.numerics import DTYPE_NAMES
+from merganser.numerics import DTYPE_NAMES, all_finite
 from merganser.symmetry.record import Output, evaluating, tensors_of
 from merganser.types import TensorInfo
 from merganser.version import __version__
@@ -159,7 +159,7 @@ def load_partial(folder: Path, network: nn.Module) -> nn.Module:
         if name not in stored:
             raise MissingTensorError(f"{folder} lacks {name}", "is it whole?")
         state[name] = source.read(stored[name])
-        if not bool(torch.isfinite(state[name]).all()):
+        if not all_finite(state[name]):
             raise NonFiniteError(f"{name} of {folder} holds NaN or infinity")
     return filled(built, state).eval()
 

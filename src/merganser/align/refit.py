@@ -141,7 +141,7 @@ def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: f
         raise ParameterError(f"ridge is {ridge}; it is at least 0, times the mean square of a layer's inputs")
     strength = ridge * float(normal.gram.diagonal().mean()) if len(normal.gram) else 0.0
     noise = normal.rounding()
-    prior = prior * _read(rows, columns)
+    prior = prior * readable(rows, columns)
     missed = normal.cross - product(normal.gram, prior.T)  # W - W_0 has a ridge at zero
     order = columns.long().argsort(stable=True)  # merged, A's, B's
     found = torch.zeros_like(prior)
@@ -168,7 +168,7 @@ def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: f
     return found
 
 
-def _read(rows: Tensor, columns: Tensor) -> Tensor:
+def readable(rows: Tensor, columns: Tensor) -> Tensor:
     """1 where a row may read a column, 0 in blocks of zeros."""
     free: Tensor = (rows[:, None] == Side.BOTH) | (columns == Side.BOTH) | (rows[:, None] == columns)
     return free.double()

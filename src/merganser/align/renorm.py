@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from merganser.align.activations import Batch
 from merganser.align.ran import joined, watching
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
+from merganser.numerics import all_finite
 from merganser.symmetry.record import evaluating
 
 
@@ -58,7 +59,7 @@ def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
                 seen += 1
         if not seen:
             raise ParameterError("there is no batch to measure BatchNorm's statistics by")
-        if not all(bool(torch.isfinite(x).all()) for layer in layers for x in layer.buffers()):
+        if not all(all_finite(x) for layer in layers for x in layer.buffers()):
             raise NonFiniteError("the batches give BatchNorm NaN or infinity", "see that they hold neither")
     except BaseException:
         for layer, buffers in before.items():
@@ -89,7 +90,7 @@ def measuring(network: nn.Module) -> Iterator[None]:
         found = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1])
         runs = norm.get_buffer("num_batches_tracked").add_(1)
         for buffer, now in zip(("running_var", "running_mean"), found, strict=True):
-            if not bool(torch.isfinite(now).all()):
+            if not all_finite(now):
                 raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
             norm.get_buffer(buffer).lerp_(now, 1 / int(runs))
 
@@ -228,7 +229,7 @@ def _measured(network: nn.Module, batches: Iterable[Batch], targets: Statistics)
     if not count:
         raise ParameterError("there is no batch to measure layers by")
     for name, (_, squares, _, _) in sums.items():
-        if not bool(torch.isfinite(squares).all()):
+        if not all_finite(squares):
             raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
     return {
         name: (total / n, (squares / n - (total / n).square()).clamp(min=0).sqrt())

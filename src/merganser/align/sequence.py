@@ -31,6 +31,7 @@ from merganser.align.refit import Fit, Normal, Refitted, fit_of, solve
 from merganser.align.renorm import measuring
 from merganser.errors import NonFiniteError, ParameterError, ShapeError, and_more
 from merganser.noise import drawn
+from merganser.numerics import all_finite
 from merganser.symmetry import Spec
 
 #: From what both parents' layer gives, (n, out) each, to what the merged layer shall give.
@@ -191,7 +192,7 @@ class _Work:
             raise ShapeError(f"the blend for {name} gives {tuple(y.shape)}; its layer gives {wanted}")
         for part, rows in zip(torch.split(y, CHUNK), rows_of(layer, x, self.drawn[name]), strict=True):
             normal.add(rows, part.double().cpu())
-        if not bool(torch.isfinite(normal.gram).all() and torch.isfinite(normal.cross).all()):
+        if not (all_finite(normal.gram) and all_finite(normal.cross)):
             raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         used = normal.centred() if bias is not None or name in self.free else normal

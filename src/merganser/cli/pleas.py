@@ -120,6 +120,12 @@ def pleas(
         str | None,
         typer.Option(metavar="FILE:NAME", help="Code that gives pairs of inputs and classes: count right answers."),
     ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE:NAME", help="Code that gives pairs of inputs and classes: fit the last layer to these, too."
+        ),
+    ] = None,
     preview: Annotated[
         bool, typer.Option("--preview", help="Say what can be split and what it would cost, and write nothing.")
     ] = False,
@@ -155,6 +161,7 @@ def pleas(
     )
     from merganser.cli.partial import write as write_all
     from merganser.cli.pictures import picture_batches, scale_of
+    from merganser.cli.probes import Probes
     from merganser.cli.subject import batches_of, running, subject
     from merganser.cli.surrogates import Surrogates, surrogates_of
     from merganser.cli.symmetry import found_in, shape_of
@@ -188,11 +195,13 @@ def pleas(
     named = model or one
     second = other_model or model or (two if (Path(two) / "config.json").is_file() else one)
     given = labelled_of(labelled) if labelled is not None else None
+    probes = Probes(probe, labelled_of(probe), ridge) if probe is not None else None
     kind = item_type_of(sources[0])
     surrogates: Surrogates | None = None
 
     def finished(made: PartlyMerged) -> PartlyMerged:
-        return made if surrogates is None else surrogates.finished(pair, made)
+        made = made if surrogates is None else surrogates.finished(pair, made)
+        return made if probes is None else probes.finished(pair, made)
 
     def rowed(made: PartlyMerged, size: float) -> Row:
         return row(pair, made, size, kind, given, judged=finished(made).network if given else None)
@@ -225,6 +234,7 @@ def pleas(
         "other_model": second if second != named else None,
         "batches": batches or list(map(str, data or ())),
         "surrogates": surrogates and surrogates.receipt(),
+        "probe": probes and probes.receipt(),
         "budget": budget,
         "measure": measure.value,
         "multiple": multiple,
@@ -245,5 +255,7 @@ def pleas(
         show(pair, made, list(rows.values()))
         if surrogates is not None:
             console().print(surrogates.words())
+        if probes is not None:
+            console().print(probes.words())
         for path in filter(None, (out, export, onnx, curve)):
             console().print(f"{path}: written")

@@ -81,9 +81,8 @@ def loaded(network: nn.Module, source: Source) -> nn.Module:
         NonFiniteError: If one holds NaN or infinity.
         CheckpointError: If the checkpoint holds one in another form.
     """
-    import torch
-
     from merganser.cli.stored import stored_names
+    from merganser.numerics import all_finite
 
     other = copy.deepcopy(network)
     stored = {**{name: name for name in source.infos}, **source.aliases}
@@ -108,7 +107,7 @@ def loaded(network: nn.Module, source: Source) -> nn.Module:
         if tensors[name].shape != x.shape:
             shapes = f"{tuple(tensors[name].shape)}, and the network's {tuple(x.shape)}"
             raise ShapeError(f"{name} of {source.ref} is {shapes}")
-        if not bool(torch.isfinite(tensors[name]).all()):
+        if not all_finite(tensors[name]):
             raise NonFiniteError(f"{name} of {source.ref} holds NaN or infinity")
     other.load_state_dict(tensors)
     return other.eval()

@@ -23,7 +23,7 @@ from merganser.continual.state import CheckedSums, locked, open_sums
 from merganser.continual.stream import Job, Progress, checked_device, chunk_elements, chunks, run_jobs, usable_threads
 from merganser.errors import NonFiniteError, ParameterError, StateError
 from merganser.methods import Method, Step
-from merganser.numerics import compute_dtype, raw_bytes
+from merganser.numerics import all_finite, compute_dtype, raw_bytes
 from merganser.types import FLOAT_DTYPES, Source, TensorInfo
 from merganser.version import __version__
 
@@ -71,7 +71,7 @@ class _Export:
             change = self.kind.finalise(self.method, role, info.shape, state, self.given, self.total(role))
             change = change.to(dtype) * scale if scale != 1 else change.to(dtype)
             new = old.to(self.device, dtype) + self.kind.restored(role, info.shape, change)
-            if not bool(torch.isfinite(new).all()):
+            if not all_finite(new):
                 raise NonFiniteError(f"the merged {name} is not finite", "the weights or the scale are too large")
             self.writer.put(name, new, start)
         if hashed.hexdigest() != self.record.tensors[name]:

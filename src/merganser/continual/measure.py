@@ -14,7 +14,7 @@ from torch import Tensor
 from merganser.continual.roles import Role
 from merganser.continual.stream import chunks
 from merganser.errors import NonFiniteError
-from merganser.numerics import compute_dtype, raw_bytes, sum_of_squares
+from merganser.numerics import all_finite, compute_dtype, raw_bytes, sum_of_squares
 from merganser.types import Source, TensorInfo
 
 
@@ -97,7 +97,7 @@ def change(
     d = torch.sub(new.to(old.device, compute_dtype(new.dtype, float64=old.dtype == torch.float64)), old)
     del new
     square = sum_of_squares(d)
-    if not (square < float("inf") or bool(torch.isfinite(d).all())):
+    if not (square < float("inf") or all_finite(d)):
         if not allow_nonfinite:
             raise NonFiniteError(
                 f"{name} of {expert.ref} holds NaN or infinity",
@@ -135,7 +135,7 @@ def base_digest(base: Source, name: str, role: Role) -> str:
     hashed = hashlib.sha256()
     for rows in chunks(info.shape):
         x = base.read(name, rows if info.shape else None)
-        if role not in ("exact", "fixed") and not bool(torch.isfinite(x).all()):
+        if role not in ("exact", "fixed") and not all_finite(x):
             raise NonFiniteError(f"{name} of the base {base.ref} holds NaN or infinity", f"--freeze '{name}' keeps it")
         hashed.update(raw_bytes(x))
     return hashed.hexdigest()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from merganser.decentral.words import Codec, Limits
 from merganser.errors import DtypeError, MerganserError, ParameterError
-from merganser.numerics import DTYPE_NAMES, TORCH_DTYPES, raw_bytes, sum_is_finite, sum_of_squares
+from merganser.numerics import DTYPE_NAMES, TORCH_DTYPES, all_finite, raw_bytes, sum_of_squares
 from merganser.types import EXACT_DTYPES, FLOAT_DTYPES, ITEM_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -184,7 +184,7 @@ def decode(payload: bytes, limits: Limits) -> Snapshot:
     if fingerprint_of(tensors) != metadata["fingerprint"]:
         _corrupted("the fingerprint is that of another model")
     for name, x in tensors.items():
-        if x.is_floating_point() and not sum_is_finite(x) and not torch.isfinite(x).all():
+        if not all_finite(x):
             raise Rejected(Kind.NON_FINITE, f"{short(name)} holds NaN or infinity")
     sender, incarnation, round = (_count(metadata, key) for key in ("sender", "incarnation", "round"))
     return Snapshot(metadata["run"], sender, incarnation, round, tensors, cast(Codec, metadata["codec"]))

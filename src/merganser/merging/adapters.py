@@ -28,6 +28,7 @@ from merganser.checkpoints.lora_edits import PREFIX, ROLES, Edit, place
 from merganser.errors import AdapterError, CheckpointError, NonFiniteError, RefError
 from merganser.merging.digested import Digested
 from merganser.merging.recipe import Recipe
+from merganser.numerics import all_finite
 from merganser.types import Source, TensorInfo
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -64,7 +65,7 @@ class Adapter:
             NonFiniteError: If it holds NaN or infinity.
         """
         value = self.source.read(self.source.aliases.get(key, key))
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise NonFiniteError(f"{key} of {self.ref} holds NaN or infinity", "leave the adapter out")
         return value
 

@@ -28,7 +28,7 @@ from merganser.merging.survey import cell_rows, chunk_rows, inner_products, norm
 from merganser.merging.vocabulary_rows import unwrapped
 from merganser.methods.joint import Joint, Locality, kept, names_of
 from merganser.noise import uniform
-from merganser.numerics import compute_dtype, narrowed, sum_is_finite
+from merganser.numerics import all_finite, compute_dtype, narrowed
 from merganser.types import TensorInfo
 
 #: Elements of a tensor that are handled at a time where the method allows it: they stay in the processor's cache.
@@ -92,7 +92,7 @@ class Merged:
             if rows is None and self._locality(tensor) != "tensor" and tensor.info.shape:
                 return torch.cat([self.read(name, part) for part in self.chunks(name)])
             merged = self._merged(name, tensor, rows)
-        if not (sum_is_finite(merged) or bool(torch.isfinite(merged).all())):
+        if not all_finite(merged):
             raise NonFiniteError(f"the merged {name} is not finite", "the weights or the scale are too large")
         return narrowed(merged, tensor.info.dtype, name)
 

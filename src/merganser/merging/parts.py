@@ -14,7 +14,7 @@ from torch import Tensor
 from merganser.errors import NonFiniteError
 from merganser.merging.plan import Piece, TensorPlan
 from merganser.merging.ranking import Ranked
-from merganser.numerics import sum_is_finite
+from merganser.numerics import all_finite
 
 
 @dataclass
@@ -40,7 +40,7 @@ def refuse_nonfinite(piece: Piece, x: Tensor) -> None:
     Raises:
         NonFiniteError: Names the tensor and the model.
     """
-    if not (sum_is_finite(x) or bool(torch.isfinite(x).all())):
+    if not all_finite(x):
         raise NonFiniteError(f"{piece.name} of {piece.ref} holds NaN or infinity", "leave the model out")
 
 

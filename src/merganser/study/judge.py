@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from merganser.errors import MerganserError, NonFiniteError, ParameterError
+from merganser.numerics import all_finite
 from merganser.study.data import Examples
 from merganser.study.heads import HeadFunction
 from merganser.study.networks import Encoder
@@ -92,7 +93,7 @@ class Paper:
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 x = encoder.embed([prepared[i] for i in places])
             logits = self.head(x.float())
-            if not bool(torch.isfinite(logits).all()):
+            if not all_finite(logits):
                 raise NonFiniteError("the network answers NaN or infinity, which cannot be judged")
             answers[places] = logits.argmax(1).cpu()
             if progress is not None:

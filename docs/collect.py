@@ -19,7 +19,10 @@ PAGES = {
         ("text8-settings", "vision8-settings", "text8-hot", "text8-long", "text8-smooth"),
     ),
     "cifar5x5": (("cifar5x5", "barrier"), ()),
-    "pleas": (("pleas_disjoint", "pleas_domains"), ()),
+    "pleas": (
+        ("pleas_disjoint", "pleas_domains"),
+        ("pleas_disjoint-50", "pleas_disjoint-200", "pleas_disjoint-other"),
+    ),
     "dimat": (("dimat",), ("dimat-full", "dimat-same", "dimat-dirichlet", "dimat-batch16")),
 }
 

@@ -33,11 +33,16 @@ def test_every_method_composes_with_settings_that_its_method_takes(name: str) ->
     assert node.source
 
 
-def kind_of(name: str) -> str:
-    """What kind a study is; one that only changes another is of its kind."""
+def content_of(name: str) -> dict[str, Any]:
+    """What a study's file says; one that only changes another has the rest from it."""
     content = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())
-    others = [kind_of(other) for other in content.get("defaults", []) if isinstance(other, str) and other != "_self_"]
-    return content["study"].get("kind", others[0] if others else "fold")
+    others = [other for other in content.get("defaults", []) if isinstance(other, str) and other != "_self_"]
+    return (content_of(others[0]) if others else {}) | content["study"]
+
+
+def kind_of(name: str) -> str:
+    """What kind a study is."""
+    return content_of(name).get("kind", "fold")
 
 
 @pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) == "fold"])
@@ -54,7 +59,7 @@ def test_every_study_composes(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in shipped("study") if kind_of(n) in KINDS])
 def test_every_study_of_networks_apart_composes_with_networks_that_can_be_made(name: str) -> None:
-    content = yaml.safe_load((CONF / "study" / f"{name}.yaml").read_text())["study"]
+    content = content_of(name)
     node = study_of([f"study={name}", "zoo_folder=/data/zoo"])
     assert isinstance(node, KINDS[content["kind"]])
     assert (node.name, node.zoo, list(node.networks)) == (name, "/data/zoo", list(content["networks"]))

@@ -41,7 +41,7 @@ def write_domains(folder: Path) -> Path:
 
 def album(folder: Path, *pair: str) -> Domains:
     counts = Pictures(compare=32, measure=32, held_out=16, batch=16)
-    return Domains("tiny", PackedSource(file="two"), counts, folder, (pair[0], pair[1]))
+    return Domains("tiny", PackedSource(file="two"), counts, folder, pair=(pair[0], pair[1]))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_too_few_pictures_name_the_setting(data: Path) -> None:
         PackedSource(file="two"),
         Pictures(compare=1600, measure=16, held_out=16, batch=16),
         data,
-        ("light", "dark"),
+        pair=("light", "dark"),
     )
     with pytest.raises(ParameterError, match=r"pictures\.compare"):
         _ = it.compare

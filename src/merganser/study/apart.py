@@ -62,12 +62,14 @@ class Album:
         source: of the pictures.
         counts: how many each step looks at.
         data: folder of packed data sets.
+        seen: of the pictures that are compared and measured, where they are of other data.
     """
 
     name: str
     source: Source
     counts: Pictures
     data: Path | None
+    seen: Source | None = None
 
     @cached_property
     def train(self) -> Examples:
@@ -82,18 +84,18 @@ class Album:
 
     @cached_property
     def compare(self) -> list[Batch]:
-        """The first training pictures, to compare units by."""
-        return self._batches(self.train, 0, self.counts.compare, "compare")
+        """The first training pictures, or those of other data, to compare units by."""
+        return self._batches(self._shown("train"), 0, self.counts.compare, "compare")
 
     @cached_property
     def measure(self) -> list[Batch]:
         """The next ones, for statistics."""
-        return self._batches(self.train, self.counts.compare, self.counts.measure, "measure")
+        return self._batches(self._shown("train"), self.counts.compare, self.counts.measure, "measure")
 
     @cached_property
     def held_out(self) -> list[Batch]:
         """Pictures that no network was trained on, to choose a balance by."""
-        return self._batches(self._read("validation"), 0, self.counts.held_out, "held_out")
+        return self._batches(self._shown("validation"), 0, self.counts.held_out, "held_out")
 
     @cached_property
     def pages(self) -> list[tuple[Tensor, Tensor]]:
@@ -112,6 +114,19 @@ class Album:
     def learnt(self, side: str) -> dict[str, Any]:
         """Where that comes from, in words for JSON."""
         return {"data": self.source.model_dump(mode="json")}
+
+    def _shown(self, split: Split) -> Examples:
+        """What rules look at.
+
+        Raises:
+            ParameterError: If other data are of another size.
+        """
+        if self.seen is None:
+            return self.train if split == "train" else self._read(split)
+        shown = self._examples(self.seen, split)
+        if (sizes := [x.items.shape[1:] for x in (self.train, shown)])[0] != sizes[1]:  # type: ignore[union-attr]
+            raise ParameterError(f"seen holds pictures of {sizes[1]}, and the networks take in {sizes[0]}")
+        return shown
 
     def _read(self, split: Split) -> Examples:
         return self._examples(self.source, split)

@@ -98,7 +98,7 @@ def _setting(node: HalvesNode | LinesNode, shown: Sequence[str]) -> str:
     judged = "all" if p.test is None else f"{p.test:,}"
     shared = (
         f"Mean ± standard deviation over pairs; n = {judged} test pictures. Labels are used to train and to judge, and "
-        f"by no rule. Pictures: how many a rule looks at; units are compared on {p.compare:,} training pictures, "
+        f"by no rule. Pictures: how many a rule looks at; units are compared on {p.compare:,} {_whose(node)}, "
         f"statistics measured on {p.measure:,} others"
     )
     if isinstance(node, LinesNode):
@@ -128,6 +128,14 @@ def _setting(node: HalvesNode | LinesNode, shown: Sequence[str]) -> str:
         "what rules share counts for the first."
     )
     return f"{said} {trainings}"
+
+
+def _whose(node: HalvesNode | LinesNode) -> str:
+    """What pictures rules look at."""
+    if isinstance(node, LinesNode) or node.seen is None:
+        return "training pictures"
+    where = node.seen.model_dump()
+    return f"pictures of other data ({where.get('file') or where.get('path') or node.seen.kind})"
 
 
 def _trainings(networks: Iterable[HalvesNetwork | LinesNetwork]) -> str:

@@ -65,11 +65,12 @@ class Halves:
 
     def album(self, split: int) -> Album:
         """The pictures of a split; halves of classes share theirs."""
-        node, data = self.node, self.work.data
+        node = self.node
+        how = node.pictures, self.work.data, node.seen
         if isinstance(node, DomainsNode):
             pair = node.pairs[split % len(node.pairs)]
-            return self.albums.setdefault(split, Domains(node.name, node.data, node.pictures, data, pair))
-        return self.albums.setdefault(0, Album(node.name, node.data, node.pictures, data))
+            return self.albums.setdefault(split, Domains(node.name, node.data, *how, pair))
+        return self.albums.setdefault(0, Album(node.name, node.data, *how))
 
     def split_of(self, split: int) -> Split:
         """What a split divides, and its codes."""
@@ -85,6 +86,8 @@ class Halves:
         """
         keys = {"kind", "data", "codes", "balances", "zipping", "pictures", "pairs"} & set(type(self.node).model_fields)
         shared = self.node.model_dump(mode="json", include=keys)
+        if self.node.seen is not None:
+            shared["seen"] = self.node.seen.model_dump(mode="json")
         claim(self.work.out, {**shared, "bfloat16": self.work.bfloat16})
         for name, network in self.node.networks.items():
             for split in network.splits:

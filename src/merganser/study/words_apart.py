@@ -151,6 +151,7 @@ class HalvesNode(Node):
 
     Attributes:
         data: pictures and their classes.
+        seen: pictures that rules look at, where they are of other data than the networks learnt.
         zoo: folder of the trained networks.
         codes: the head.
         networks: by name, in order.
@@ -165,6 +166,7 @@ class HalvesNode(Node):
     name: str
     title: str
     data: Source
+    seen: Source | None = None
     zoo: str
     codes: Codes = Codes()
     networks: Annotated[dict[str, HalvesNetwork], Field(min_length=1)]

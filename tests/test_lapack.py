@@ -98,3 +98,48 @@ def test_what_is_loaded_within_takes_one_thread_and_has_its_own_again_afterwards
         check=True,
     )
     assert done.stdout == "[2, 1, 1, 2, 1, 2]\n"
+
+
+def test_an_order_whose_workspace_lapack_cannot_be_told_of_is_solved_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lapack, "LARGEST_INT", 1 + 6 * 20 + 2 * 20 * 20)
+    asked: list[int] = []
+    monkeypatch.setattr(lapack.np.linalg, "eigh", lambda x, eigh=np.linalg.eigh: asked.append(len(x)) or eigh(x))
+    for n in (20, 21):
+        rows = symmetric(n)
+        assert np.allclose(lapack.eigen_in_place(rows).numpy(), np.linalg.eigvalsh(symmetric(n).numpy()))
+    assert asked == [21]
+
+
+TURNS = """
+import threading, time
+import torch
+from threadpoolctl import threadpool_info
+from merganser import lapack
+
+def threads():
+    return max(info["num_threads"] for info in threadpool_info())
+
+seen = []
+def run(first, last):
+    time.sleep(first)
+    with lapack.single_threaded():
+        seen.append(threads())
+        time.sleep(last)
+        seen.append(threads())
+
+others = [threading.Thread(target=run, args=times) for times in ((0, .3), (.1, .1), (.2, .3))]
+[other.start() for other in others]
+[other.join() for other in others]
+print(seen, threads(), torch.get_num_threads())
+"""
+
+
+def test_runs_that_overlap_in_one_process_take_one_thread_each_and_leave_all_as_it_was() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TURNS],
+        env=os.environ | {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[1, 1, 1, 1, 1, 1] 2 2\n"

@@ -8,6 +8,7 @@ plain C functions; here one of them is called. Where it was built with other int
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -16,6 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+#: Of C: a workspace of more numbers, from order 32,767 on, has no length that LAPACK could be told.
+LARGEST_INT = 2**31 - 1
 
 
 def eigen_in_place(g: Tensor) -> Tensor:
@@ -36,15 +41,16 @@ def eigen_in_place(g: Tensor) -> Tensor:
             [1., 0.]], dtype=torch.float64))
     """
     n, solve = g.shape[0], _dsyevd()
-    if solve is None:
+    room = 1 + 6 * n + 2 * n * n
+    if solve is None or room > LARGEST_INT:
         found = np.linalg.eigh(g.numpy())
         g.copy_(torch.from_numpy(found.eigenvectors).T)
         return torch.from_numpy(found.eigenvalues)
     values = g.new_empty(n)
-    work = g.new_empty(1 + 6 * n + 2 * n * n)
+    work = g.new_empty(room)
     integers = torch.empty(3 + 5 * n, dtype=torch.int32)
-    order, leading, room, integer_room, failed = (
-        ctypes.c_int(value) for value in (n, max(1, n), len(work), len(integers), 0)
+    order, leading, length, integer_length, failed = (
+        ctypes.c_int(value) for value in (n, max(1, n), room, len(integers), 0)
     )
     by_reference = ctypes.byref
     solve(
@@ -55,9 +61,9 @@ def eigen_in_place(g: Tensor) -> Tensor:
         by_reference(leading),
         values.data_ptr(),
         work.data_ptr(),
-        by_reference(room),
+        by_reference(length),
         integers.data_ptr(),
-        by_reference(integer_room),
+        by_reference(integer_length),
         by_reference(failed),
     )
     if failed.value:
@@ -84,15 +90,19 @@ def _dsyevd() -> Callable[..., None] | None:
     return ctypes.CFUNCTYPE(None, *arguments)(pointer_of(capsule, signature))
 
 
-#: Contexts of `single_threaded` that are open, the outermost first.
+#: Contexts of `single_threaded` that are open, the outermost first; of one thread, the others wait.
 _limited: list[ExitStack] = []
+_turn = threading.RLock()
 
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Linear algebra on one thread, torch's, numpy's and scipy's, even if that is loaded meanwhile; then as before."""
-    before = torch.get_num_threads()
-    with ExitStack() as limits:
+    """Linear algebra on one thread, torch's, numpy's and scipy's, even if that is loaded meanwhile; then as before.
+
+    The number is the whole process's: of two threads that ask for it, the second waits until the first is done.
+    """
+    with _turn, ExitStack() as limits:
+        before = torch.get_num_threads()
         limits.callback(torch.set_num_threads, before)
         torch.set_num_threads(1)
         limits.enter_context(_pools().limit(limits=1))

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 #: Of C: a workspace of more numbers, from order 32,767 on, has no length that LAPACK could be told.
 LARGEST_INT = 2**31 - 1
 

@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory
-from merganser.continual.stream import Progress
+from merganser.continual.stream import Progress, usable_threads
 from merganser.errors import ParameterError
 from merganser.merging.adapter_plan import AdapterMerge
 from merganser.merging.cluster_jobs import Part
 from merganser.merging.cluster_tasks import Handout, Limits, Tasks, threads_of
 from merganser.merging.cluster_work import Each, Work, Written, measure_part, write_part
 from merganser.merging.cluster_worker import Failure
+from merganser.merging.folding import factor, figures, measure, unmeasured
 from merganser.merging.merged import Merged
 from merganser.merging.recipe import Recipe
-from merganser.merging.run import finish, fitting_threads, key_of, open_writer, peak_bytes, plan_any
+from merganser.merging.run import finish, fitting_threads, job_bytes, key_of, open_writer, peak_bytes, plan_any
 from merganser.merging.vocabulary_rows import unwrapped
 
 
@@ -67,6 +68,7 @@ def merge_on(
     """
     began = time.perf_counter()
     merged = _planned(recipes)
+    _measure_factors(tasks, recipes, merged, limits)
     with open_writer(merged, out, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as writer:
         sizes = {name: moved_bytes(merged, name) for name in writer.infos if name not in writer.done}
         handout, threads = _handout(tasks, merged, sizes, writer.files, limits or Limits(), progress, writer)
@@ -173,6 +175,14 @@ def moved_bytes(merged: Merged, name: str) -> int:
     return total
 
 
+def _measure_factors(tasks: Tasks, recipes: Sequence[Recipe], merged: Merged, limits: Limits | None) -> None:
+    """Of methods with a factor on the whole change: that of the merge by the tasks, of its stages by this process."""
+    asked = unmeasured(merged)
+    measure([stage for stage in asked if stage is not merged], job_bytes, usable_threads(None))
+    if merged in asked:
+        merged.factor = factor(merged, measure_on(tasks, recipes, figures, limits=limits))
+
+
 def _planned(recipes: Sequence[Recipe]) -> Merged:
     merged = plan_any(recipes)
     if isinstance(merged, AdapterMerge):
@@ -212,4 +222,5 @@ def _work(recipes: Sequence[Recipe], merged: Merged, threads: int, folder: Path 
         str(folder.absolute()) if folder is not None else "",
         str(target) if target is not None else "",
         threads,
+        tuple(stage.factor for stage in merged.stages()),
     )

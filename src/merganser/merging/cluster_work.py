@@ -37,6 +37,7 @@ class Work:
         folder: temporary folder of the output, with its files laid out; "" where nothing is written.
         target: what it becomes.
         threads: tensors at a time.
+        factors: on the changes of whole models, of the merge's stages in turn, where they have one.
     """
 
     recipes: tuple[Recipe, ...]
@@ -45,6 +46,7 @@ class Work:
     folder: str
     target: str
     threads: int
+    factors: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def write_part(work: Work, part: Part, places: Mapping[str, Place]) -> Written |
         ]
         run_jobs(jobs, threads=work.threads)
         flush(folder, part.files, Path(work.target))
-        read = {ref: digests_of(source) for ref, source in files_of(merged.plan).items()}
+        read = {ref: digests_of(source) for ref, source in files_of(merged).items()}
         return Written(writer.digests(), read, peak_memory())
 
     return _attempted(work, part, write)
@@ -106,6 +108,8 @@ def _attempted(work: Work, part: Part, do: Callable[[Merged], T]) -> T | Failure
     def planned() -> T:
         merged = plan_recipes(work.recipes)
         refuse_other(key_of(merged), work.key)
+        for stage, factor in zip(merged.stages(), work.factors, strict=False):  # none while they are measured
+            stage.factor = factor
         return do(merged)
 
     return attempted(work.cwd, part.label, planned)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from merganser.continual.kinds import kind_of
+from merganser.continual.passing import NORMED
 from merganser.continual.roles import is_matrix
 from merganser.errors import DtypeError, NonFiniteError
+from merganser.merging.folding import factor_of, folded, has_factor
 from merganser.merging.held import HELD_BYTES, Held, Rows
 from merganser.merging.parts import Measured, kept_of, mean_of, packed, refuse_nonfinite, restored, seen, unpacked
 from merganser.merging.plan import Piece, Plan, TensorPlan
@@ -44,9 +46,11 @@ class Merged:
 
     Attributes:
         tokenizer_files: of the output, where the recipe asks for a vocabulary; not there otherwise.
+        factor: on the change of the whole model, where the method has one and it is measured already.
     """
 
     identity: str | None = None
+    factor: float | None = None
 
     def __init__(self, plan: Plan, *, chunk_elements: int = CHUNK_ELEMENTS) -> None:
         self.plan, self.ref = plan, plan.recipe.name or "the merge"
@@ -59,6 +63,15 @@ class Merged:
         self._whole: dict[str, Tensor] = {}
         self._held: dict[tuple[Piece, ...], Held] = {}
         self._locks = {name: threading.RLock() for name in plan.tensors}
+        self.measuring = threading.Lock()
+
+    def stages(self) -> list[Merged]:
+        """The merges that this one reads, each behind those that it reads itself; this one is the last."""
+        found: dict[int, Merged] = {}
+        for source in self.plan.sources.values():
+            if isinstance(stage := unwrapped(source), Merged):
+                found |= {id(one): one for one in stage.stages() if id(one) not in found}
+        return [*found.values(), self]
 
     def companions(self) -> Sequence[Path]:
         """The donor's files."""
@@ -150,7 +163,7 @@ class Merged:
             self._held[pieces] = Held(sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in pieces))
         return self._held[pieces]
 
-    def _stack(
+    def stack(
         self, tensor: TensorPlan, rows: Rows, *, changes: bool, again: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
         """Models, or models minus the base, and the base; what is read of a small tensor is kept if `again`."""
@@ -203,15 +216,15 @@ class Merged:
 
     def _merged(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
         if tensor.role == "statistic":
-            return mean_of(self._stack(tensor, rows, changes=False)[0], tensor.weight)
+            return mean_of(self.stack(tensor, rows, changes=False)[0], tensor.weight)
         row = self.plan.rules.method
         if not isinstance(row, Joint):
-            return self._folded(name, tensor, rows)
+            return self._folded(tensor, rows)
         function, matrix = self._rule(tensor)
         needs = names_of(function)
         changes = "d" in needs
         asked = self._asked(tensor, needs)
-        stack, base = self._stack(tensor, rows, changes=changes, again=bool(asked))
+        stack, base = self.stack(tensor, rows, changes=changes, again=bool(asked))
         shown = [seen(x, tensor) for x in stack] if matrix else stack
         brought: dict[str, Any] = {"d": shown, "x": shown, "weight": tensor.weight}
         if base is not None:
@@ -249,22 +262,11 @@ class Merged:
     def _settings(self, tensor: TensorPlan, function: Any) -> dict[str, Any]:
         return {n: v for n, v in tensor.settings.items() if n in names_of(function)}
 
-    def _folded(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
-        """A continual method, folded over the models in order; only one model's change is in memory at a time."""
-        kind = kind_of(self.plan.recipe.method, tensor.settings)
-        role, shape = tensor.role, tensor.info.shape
-        assert tensor.base is not None
-        state: dict[str, Tensor] = {}
-        changes = []
-        for t, (piece, weight) in enumerate(zip(tensor.models, tensor.weight, strict=True), 1):
-            one = replace(tensor, models=(piece,))
-            (d,), base = self._stack(one, rows, changes=True)
-            if self.plan.recipe.post:
-                changes.append(d)
-            state = kind.update(role, shape, state, kind.seen(role, shape, d), weight=weight, t=t)
-        change = kind.finalise(kind.method, role, shape, state, kind.given, sum(tensor.weight))
-        assert base is not None
-        merged = kind.restored(role, shape, change.to(base.dtype))
+    def _folded(self, tensor: TensorPlan, rows: Rows) -> Tensor:
+        changes: list[Tensor] = []
+        merged, base = folded(self, tensor, rows, changes.append if self.plan.recipe.post else None)
+        if has_factor(self) and tensor.role in NORMED:
+            merged = merged * factor_of(self)
         return base + self._finished(tensor, merged, changes)
 
     # what is measured
@@ -290,7 +292,7 @@ class Merged:
         parts: list[Rows] = [None] if whole else list(chunk_rows(shape, self._chunk_elements))
 
         def stacks() -> Iterator[list[Tensor]]:
-            return (self._stack(tensor, part, changes=changes, again=True)[0] for part in parts)
+            return (self.stack(tensor, part, changes=changes, again=True)[0] for part in parts)
 
         measured = Measured({})
         asked = self._asked(tensor, needs)
@@ -347,7 +349,7 @@ class Merged:
         def score() -> list[Tensor]:
             assert row.score is not None
             changes = "d" in names_of(row.function)
-            return [*row.score(stack or self._stack(tensor, rows, changes=changes, again=True)[0])]
+            return [*row.score(stack or self.stack(tensor, rows, changes=changes, again=True)[0])]
 
         return self._held_of(tensor).scores(rows, score, again=row.shared)
 
@@ -355,7 +357,7 @@ class Merged:
         """Some of a tensor's scores, from rows that are evenly spread."""
         assert row.score is not None
         taken = spread_rows(tensor.info.shape, SAMPLE_ELEMENTS * 4)  # rows differ more than entries of one row
-        parts = [row.score(self._stack(tensor, part, changes=changes)[0]) for part in taken]
+        parts = [row.score(self.stack(tensor, part, changes=changes)[0]) for part in taken]
         every = [torch.cat([x.reshape(-1) for x in same]) for same in zip(*parts, strict=True)]
         return [x[:: max(1, x.numel() // SAMPLE_ELEMENTS)] for x in every]
 
@@ -367,7 +369,7 @@ class Merged:
         names = names_of(row.mask) if row.mask is not None else frozenset()
         remembered = prod(tensor.info.shape) * len(tensor.models) <= 8 * HELD_BYTES
         for part in parts:
-            d, _ = self._stack(tensor, part, changes=True, again=True)
+            d, _ = self.stack(tensor, part, changes=True, again=True)
             if row.mask is None:
                 masks: Any = kept_of(fresh, self._scores(tensor, part, d))
             else:

@@ -24,11 +24,12 @@ from merganser.errors import ParameterError
 from merganser.merging.adapter_out import STEM, card_of, config_of, infos_of, receipt_of, write_target
 from merganser.merging.adapter_plan import AdapterMerge, plan_adapters
 from merganser.merging.adapters import parts_of
-from merganser.merging.companions import CARD_NAME, write_companions
+from merganser.merging.companions import CARD_NAME, check_companions, write_companions
 from merganser.merging.digested import Digested
+from merganser.merging.folding import measure, onward, size, unmeasured
 from merganser.merging.merged import CHUNK_ELEMENTS, Merged
 from merganser.merging.native import read_recipes
-from merganser.merging.plan import Plan, make_plan
+from merganser.merging.plan import make_plan
 from merganser.merging.recipe import Recipe
 from merganser.merging.vocabulary_rows import unwrapped
 from merganser.numerics import TORCH_DTYPES
@@ -85,7 +86,9 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
             if ref not in stages and ref not in opened:
                 opened[ref] = Digested(open_source(ref)) if digests else open_source(ref)
         sources = {ref: stages[ref] if ref in stages else opened[ref] for ref in refs}
-        merged = Merged(make_plan(recipe, sources), chunk_elements=chunk_elements)
+        plan = make_plan(recipe, sources)
+        check_companions(plan)
+        merged = Merged(plan, chunk_elements=chunk_elements)
         if recipe.name is not None:
             stages[recipe.name] = merged
     if merged is None:
@@ -152,8 +155,12 @@ def run(
             for name, info in writer.infos.items()
             if name not in writer.done
         ]
-        run_jobs(jobs, threads=threads, progress=progress, kept_bytes=KEPT_BYTES)
-        read = {ref: digests_of(source) for ref, source in files_of(merged.plan).items()}
+        asked = unmeasured(merged)
+        first = sum(map(size, asked))
+        total = first + sum(job.progress_bytes for job in jobs)
+        measure(asked, job_bytes, threads, onward(progress, 0, total))
+        run_jobs(jobs, threads=threads, progress=onward(progress, first, total), kept_bytes=KEPT_BYTES)
+        read = {ref: digests_of(source) for ref, source in files_of(merged).items()}
         finish(merged, writer, read, wall_s=time.perf_counter() - began, peak_memory_bytes=peak_memory())
     return out
 
@@ -164,7 +171,7 @@ def open_writer(merged: Merged, out: Path, *, shard_bytes: int, resume: bool, ov
     Raises:
         OutputError: If the folder may not be written, or is among what is read.
     """
-    refuse_overlap(out, list(files_of(merged.plan)))
+    refuse_overlap(out, list(files_of(merged)))
     return CheckpointWriter(
         out,
         merged.infos,
@@ -202,8 +209,7 @@ def finish(
         "method": recipe.method,
         "dialect": recipe.dialect,
         "inputs": {
-            ref: {"identity": source.identity, "tensors": read.get(ref, {})}
-            for ref, source in files_of(merged.plan).items()
+            ref: {"identity": source.identity, "tensors": read.get(ref, {})} for ref, source in files_of(merged).items()
         },
         "resumed": sorted(writer.done),
         "seed": recipe.seed,
@@ -289,21 +295,9 @@ def _sizes(merged: Merged | AdapterMerge) -> dict[str, int]:
     return {name: job_bytes(merged, name) for name in merged.infos}
 
 
-def _plans(plan: Plan) -> list[Plan]:
-    """The plan and those of all stages before it, each once."""
-    found: dict[int, Plan] = {}
-    waiting = [plan]
-    while waiting:
-        one = waiting.pop()
-        if id(one) not in found:
-            found[id(one)] = one
-            waiting += [inner.plan for s in one.sources.values() if isinstance(inner := unwrapped(s), Merged)]
-    return list(found.values())
-
-
-def files_of(plan: Plan) -> dict[str, Source]:
+def files_of(merged: Merged) -> dict[str, Source]:
     """Every source that is read from files, through all stages, by its reference."""
-    sources = {ref: unwrapped(source) for one in _plans(plan) for ref, source in one.sources.items()}
+    sources = {ref: unwrapped(source) for stage in merged.stages() for ref, source in stage.plan.sources.items()}
     return {ref: source for ref, source in sources.items() if not isinstance(source, Merged)}
 
 
@@ -315,11 +309,11 @@ def digests_of(source: Source) -> dict[str, str]:
 def key_of(merged: Merged) -> str:
     """One line that stands for the merge: what every tensor is made of, and the files as they are now."""
     hashed = hashlib.sha256(__version__.encode())
-    for plan in _plans(merged.plan):
+    for plan in (stage.plan for stage in merged.stages()):
         recipe = plan.recipe
         parts: list[object] = [recipe.method, recipe.post, recipe.dialect, recipe.seed, recipe.vocabulary]
         parts += [(name, tensor) for name, tensor in plan.tensors.items()]
         parts += [sorted(plan.aliases.items()), sorted(recipe.written.items())]  # by what is written noise is drawn
         hashed.update(repr(parts).encode())
-    hashed.update(stamp(files_of(merged.plan)).encode())
+    hashed.update(stamp(files_of(merged)).encode())
     return hashed.hexdigest()

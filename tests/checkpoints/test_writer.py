@@ -19,7 +19,8 @@ from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 from merganser.checkpoints import open_source
-from merganser.checkpoints.writer import CheckpointWriter, plan_shards
+from merganser.checkpoints.shards import plan_shards
+from merganser.checkpoints.writer import CheckpointWriter
 from merganser.errors import OutputError
 from merganser.numerics import TORCH_DTYPES
 from merganser.types import ITEM_BYTES, TensorInfo

@@ -56,6 +56,35 @@ def test_missing_parents_of_the_target_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "out" / "model.safetensors").is_file()
 
 
+def test_parents_that_a_failed_writer_made_are_gone_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for target in (tmp_path / "deep" / "er" / "out", tmp_path / "mine" / "new" / "out", tmp_path / "mine" / "out"):
+        CheckpointWriter(target, {"a": TensorInfo((2,), "F32")}).abort()
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        CheckpointWriter(tmp_path / "deep" / "er" / ("x" * 300), {"a": TensorInfo((2,), "F32")})
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_parents_that_another_has_filled_meanwhile_stay(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "deep" / "er" / "out", {"a": TensorInfo((2,), "F32")}):
+        (tmp_path / "deep" / "notes.txt").write_text("mine")
+    assert [p.name for p in tmp_path.rglob("*")] == ["deep", "notes.txt"]
+
+
+@pytest.mark.parametrize("name", [".", "../here", "{}"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_folder_that_a_command_runs_in_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, overwrite: bool
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(OutputError, match="is the folder that this runs in"):
+        CheckpointWriter(Path(name.format(here)), {"a": TensorInfo((2,), "F32")}, overwrite=overwrite)
+    assert [p.name for p in tmp_path.rglob("*")] == ["here"]
+
+
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write(tmp_path / "out", {"x": torch.ones(1)})

@@ -48,10 +48,10 @@ def test_of_several_experts_all_come_in_or_none(shop: Shop) -> None:
         refused(NonFiniteError, f"wide.weight of {nan} holds NaN or infinity", "leave the expert out"),
     ):
         shop.fold.add_all([shop.experts[2], nan])
-    with shop.untouched(), refused(StateError, "expert-03 is in", "remove it first"):
+    with shop.untouched(), refused(StateError, f"{shop.experts[2]} is given twice", "give it once"):
         shop.fold.add_all([shop.experts[2], shop.experts[2]])
     twin = Path(shutil.copytree(shop.experts[2], shop.root / "twin"))
-    with shop.untouched(), refused(StateError, "is in", "nothing was changed"):
+    with shop.untouched(), refused(StateError, f"{twin} are the same expert", "nothing was changed"):
         shop.fold.add_all([shop.experts[2], twin])
     with shop.untouched(), refused(ParameterError, "--name x is for one expert, and 2 are given", "one by one"):
         shop.fold.add_all(shop.experts[2:], name="x")

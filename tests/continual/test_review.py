@@ -13,7 +13,7 @@ from torch import Tensor
 from merganser.checkpoints import open_source
 from merganser.continual import Fold
 from merganser.continual.roles import assign_roles
-from merganser.errors import CheckpointError, MerganserError, ParameterError, StateError
+from merganser.errors import CheckpointError, MerganserError, MissingTensorError, ParameterError, StateError
 
 Model = dict[str, Tensor]
 
@@ -220,3 +220,43 @@ def test_half_precision_export_that_overflows_writes_nothing(tmp_path: Path) -> 
     with pytest.raises(MerganserError, match=r"a\.weight overflows F16"):
         fold.export(tmp_path / "out", dtype="F16")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rename", [False, True])
+def test_head_that_an_experts_config_ties_is_its_embedding(tmp_path: Path, rename: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    shapes = ((9, 4), (9, 4), (4,))
+    base = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in zip(names, shapes, strict=True)}
+    expert = {n: x + 0.1 * torch.randn(x.shape, generator=generator) for n, x in base.items() if n != names[1]}
+    stored = {f"net.{n}": x for n, x in expert.items()} if rename else expert
+    root = saved(tmp_path / "base", base, {"tie_word_embeddings": False})
+    fold = Fold.init(root, tmp_path / "state", "linear")
+    fold.add(saved(tmp_path / "e", stored, {"tie_word_embeddings": True}), rename=["net.="] if rename else [])
+    merged = load_file(fold.export(tmp_path / "out") / "model.safetensors")
+    assert torch.allclose(merged["lm_head.weight"], expert[names[0]], rtol=0, atol=1e-12)
+    assert [f.status for f in fold.verify()] == ["ok"] * 3
+    fold.remove("e")
+    lone = saved(tmp_path / "lone", stored, {"tie_word_embeddings": False})
+    with pytest.raises(MissingTensorError, match=r"lm_head.weight is in the base and not in"):
+        fold.add(lone, rename=["net.="] if rename else [])
+
+
+def test_expert_of_weight_zero_changes_nothing_under_opcm(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", random_model(0))
+    experts = [
+        saved(
+            tmp_path / f"e{i}",
+            {n: x + 0.1 * y for (n, x), y in zip(random_model(0).items(), random_model(i).values(), strict=True)},
+        )
+        for i in (1, 2, 3)
+    ]
+    exports = []
+    for weights in ((1.0, 0.5), (1.0, 0.0, 0.5), (0.0, 1.0, 0.5), (1.0, 0.5, 0.0)):
+        fold = Fold.init(base, tmp_path / f"state{weights}", "opcm")
+        bringing, idle = iter(experts[:2]), experts[2]
+        for weight in weights:
+            fold.add(next(bringing) if weight else idle, weight=weight)
+        exports.append(load_file(fold.export(tmp_path / f"out{weights}") / "model.safetensors"))
+    for other in exports[1:]:
+        assert all(torch.equal(x, other[n]) for n, x in exports[0].items())

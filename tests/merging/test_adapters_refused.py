@@ -169,3 +169,13 @@ def test_output_inside_an_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MerganserError, match="lies within what is read"):
         run(planned, tmp_path / "a0" / "out")
     assert not (tmp_path / "a0" / "out").exists()
+
+
+def test_following_a_hint_leaves_out_a_whole_tensor_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    two(tmp_path)
+    written(tmp_path / "a0", {**pair("q", 6, 5), "h[0].weight": torch.ones(6)}, target_modules=["q"])
+    message = error_of(tmp_path, LINEAR)
+    assert message.startswith("h[0].weight is held as a whole by some adapters, and not by a1")
+    assert "keep: ['h[[]0].weight'] leaves it out" in message
+    merge(tmp_path, f"{LINEAR}keep: ['h[[]0].weight']\n")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

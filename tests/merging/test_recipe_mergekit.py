@@ -8,7 +8,7 @@ import pytest
 
 from merganser.merging.recipe import Input, Token, Vocabulary
 from merganser.merging.values import Choice, Gradient
-from recipe_support import read, read_one, weights
+from recipe_support import read, read_one, refused, weights
 
 # the shapes of the language
 
@@ -213,6 +213,26 @@ def test_the_base_of_a_vocabulary_without_base_is_the_first_model(tmp_path: Path
     assert warnings == (
         "line 6: tokenizer_source: there is no base_model; this takes the first model, and mergekit takes any",
     )
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source: SOURCE", "tokenizer: {source: SOURCE}"])
+def test_older_recipes_write_a_model_that_gives_the_vocabulary_with_a_prefix(tmp_path: Path, key: str) -> None:
+    (tmp_path / "b").mkdir()
+    weight = "parameters: {weight: 1}"
+    for ref in ("org/a", "b"):
+        text = f"merge_method: linear\n{weight}\nmodels: [{{model: org/a}}, {{model: b}}]\n{key}"
+        recipe = read_one(tmp_path, text.replace("SOURCE", f"model:{ref}"))
+        assert recipe.vocabulary == Vocabulary(recipe.refs[("org/a", "b").index(ref)])
+    named = f"merge_method: linear\n{weight}\nmodels: [{{model: 'model:a'}}, {{model: a}}]\ntokenizer_source: model:a"
+    assert read_one(tmp_path, named).vocabulary == Vocabulary("model:a")
+    message = refused(tmp_path, f"merge_method: linear\n{weight}\nmodels: [{{model: a}}]\ntokenizer_source: model:c")
+    assert "line 4: tokenizer_source: 'c' is none of union, base, intersection and no model of this recipe" in message
+
+
+def test_keep_is_a_key_of_ours_for_one_pattern_or_several(tmp_path: Path) -> None:
+    text = "{merge_method: passthrough, models: [{model: org/a}], keep: KEEP}"
+    assert read_one(tmp_path, text.replace("KEEP", "'*.bias'")).keep == ("*.bias",)
+    assert read_one(tmp_path, text.replace("KEEP", "['*.bias', head.*]")).keep == ("*.bias", "head.*")
 
 
 @pytest.mark.parametrize(

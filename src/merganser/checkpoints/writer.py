@@ -28,7 +28,9 @@ from typing import Any
 from torch import Tensor
 
 from merganser.checkpoints.journal import Journal, adopted
+from merganser.checkpoints.parents import make_parents, remove_parents
 from merganser.checkpoints.placed import Place, PlacedWriter
+from merganser.checkpoints.shards import plan_shards
 from merganser.errors import MerganserError, OutputError
 from merganser.types import ITEM_BYTES, TensorInfo
 
@@ -54,6 +56,7 @@ class FolderTransaction:
 
     def __init__(self, target: Path, *, overwrite: bool = False, resume: str | None = None) -> None:
         self.target, self._overwrite = target, overwrite
+        self._parents: list[Path] = []
         try:
             if target.is_symlink() or (target.exists() and not target.is_dir()):
                 raise OutputError(f"{target} exists and is not a folder")
@@ -64,12 +67,15 @@ class FolderTransaction:
                     )
                 if not (target / RECEIPT_NAME).is_file():
                     raise OutputError(f"{target} holds no {RECEIPT_NAME}: it was not made here", "remove it yourself")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir() and target.samefile("."):  # its place would be taken by a new folder under its name
+                raise OutputError(f"{target} is the folder that this runs in", "name another, or run it elsewhere")
+            self._parents = make_parents(target)
             leftover = adopted(target, resume) if resume is not None else None
             self.resumed = leftover is not None
             remove_leftovers(target)
             self.folder, self._lock = leftover or _locked_sibling(target)
         except OSError as error:
+            remove_parents(self._parents)
             raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
 
     def commit(self) -> None:
@@ -93,6 +99,7 @@ class FolderTransaction:
         os.close(self._lock)
         if not leave:
             shutil.rmtree(self.folder, ignore_errors=True)
+            remove_parents(self._parents)
 
 
 def _locked_sibling(target: Path) -> tuple[Path, int]:
@@ -177,28 +184,6 @@ def peak_memory() -> int:
     """Most resident memory in bytes of this process so far, for its receipt."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def plan_shards(
-    infos: Mapping[str, TensorInfo], shard_bytes: int, together: Callable[[str], str] | None = None
-) -> list[list[str]]:
-    """Names by file: in order, a new file where the next tensor would pass `shard_bytes`.
-
-    With `together` (name -> key) the tensors of one key count as one, in the order of the keys.
-    """
-    groups: dict[str, list[str]] = {}
-    for name in infos:
-        groups.setdefault(together(name) if together is not None else name, []).append(name)
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for key in groups if together is None else sorted(groups):
-        size = sum(infos[name].nbytes for name in groups[key])
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1] += groups[key]
-        filled += size
-    return shards
 
 
 class CheckpointWriter:

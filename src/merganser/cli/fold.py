@@ -137,7 +137,13 @@ def add(
     if ray is not None and device != "cpu":
         raise ParameterError(f"--device {device} is for one process", "leave it out, or --ray")
     fold = Fold(state)
-    which: dict[str, Any] = {"name": name, "ignore": ignore or (), "rename": rename or (), "base": base}
+    which: dict[str, Any] = {
+        "weight": weight,
+        "name": name,
+        "ignore": ignore or (),
+        "rename": rename or (),
+        "base": base,
+    }
     if dry_run or not quiet or ray is not None:  # what cannot succeed is refused before any process is begun
         cost = fold.cost(*experts, threads=threads if ray is None else threads or 1, **which)
         if not quiet:
@@ -146,8 +152,7 @@ def add(
         return
     before = len(fold.ledger.contributors)
     label = experts[0] if len(experts) == 1 else f"{len(experts)} experts"
-    which |= {"weight": weight, "allow_nonfinite": allow_nonfinite, "allow_distant": allow_distant}
-    which["shard_bytes"] = shard_bytes
+    which |= {"allow_nonfinite": allow_nonfinite, "allow_distant": allow_distant, "shard_bytes": shard_bytes}
     if ray is not None:
         from merganser.merging.cluster_fold import add_on
         from merganser.merging.cluster_ray import connected

@@ -61,8 +61,7 @@ def arrivals(
     """
     if not entries:
         raise ParameterError("no expert is given")
-    for i, entry in enumerate(entries):
-        refuse_known(state, (*ledger.contributors, *entries[:i]), entry)
+    refuse_known(state, ledger.contributors, entries)
     source = open_base(state, ledger, record, base)
     before = len(ledger.contributors)
     opened = tuple(
@@ -90,9 +89,11 @@ def take_in(
         with result.writer:
             admitted: list[Contributor] = []
             for entry, seen in zip(entries, result.experts, strict=True):
-                if twin := next((c for c in (*ledger.contributors, *admitted) if c.digest == seen.digest), None):
+                if twin := next((c for c in ledger.contributors if c.digest == seen.digest), None):
                     raise StateError(f"{entry.ref} is in {state} already, as {twin.name}", "nothing was changed")
-                if seen.distance > 1 and not allow_distant:
+                if twin := next((c for c in admitted if c.digest == seen.digest), None):
+                    raise StateError(f"{twin.ref} and {entry.ref} are the same expert", "nothing was changed")
+                if not seen.distance <= 1 and not allow_distant:
                     raise StateError(
                         f"the change of {entry.ref} is {seen.distance:.3g} times as large as the base, "
                         "so it was hardly tuned from it",
@@ -155,9 +156,10 @@ def _commit(
 ) -> Ledger:
     """Make the new generation and its ledger the state; without a result, the state is empty again."""
     generation = ledger.generation + 1
-    sums, merged_norm = None, 0.0
+    sums, merged_norm = (result.writer.target.name, result.merged_norm) if result is not None else (None, 0.0)
+    changed = {"version": __version__, "generation": generation, "sums": sums, "merged_norm": merged_norm}
+    after = Ledger.model_validate(dict(ledger) | changed | {"contributors": contributors})
     if result is not None:
-        sums, merged_norm = result.writer.target.name, result.merged_norm
         result.writer.commit(
             {
                 "merganser": __version__,
@@ -166,7 +168,5 @@ def _commit(
                 "outputs": result.writer.digests(),
             }
         )
-    changed = {"version": __version__, "generation": generation, "sums": sums, "merged_norm": merged_norm}
-    after = Ledger.model_validate(dict(ledger) | changed | {"contributors": contributors})
     advance(state, ledger, after)
     return after

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from merganser.checkpoints.overlap import refuse_overlap
 from merganser.checkpoints.writer import CheckpointWriter, FolderTransaction
 from merganser.continual.kinds import kind_of
 from merganser.continual.ledger import BASE_NAME, LEDGER_NAME, Ledger, read_base_record, write_record
@@ -28,7 +29,7 @@ def combine(states: Sequence[Path], out: Path, *, threads: int | None = None, pr
     Raises:
         ParameterError: If there are fewer than two states.
         StateError: If they differ in base, sums, types or roles, share an expert, or cannot be added up.
-        OutputError: If `out` exists.
+        OutputError: If `out` exists, or lies within a state, the base or an expert.
     """
     if len(states) < 2:
         raise ParameterError(f"{len(states)} state given; combining needs at least 2")
@@ -40,8 +41,10 @@ def combine(states: Sequence[Path], out: Path, *, threads: int | None = None, pr
         expected = kind_of(first.method, first.settings, first.slots).expected_slots(record, first.sums_dtype)
         opened = [open_sums(path, ledger, expected) for path, ledger in zip(states, ledgers, strict=True)]
         filled = [sums for sums in opened if sums is not None]
+        refs = [c.ref for ledger in ledgers for c in ledger.contributors]
         transaction = FolderTransaction(out)
         try:
+            refuse_overlap(out, [*map(str, states), *(ledger.base_ref for ledger in ledgers), *refs])
             sums = _add(filled, transaction.folder / "sums-00001", threads, progress) if filled else None
             ledger = first.model_copy(
                 update={

@@ -33,14 +33,20 @@ def new_entries(
     """Entries of experts that have not been read yet.
 
     Raises:
-        ParameterError: If there is one name for several.
+        ParameterError: If there is one name for several, or a name is empty or cannot be printed.
     """
     if name is not None and len(experts) != 1:
         raise ParameterError(f"--name {name} is for one expert, and {len(experts)} are given", "add them one by one")
     refs = [absolute_ref(str(expert)) for expert in experts]
+    names = [short_name(ref) if name is None else name for ref in refs]
+    for one in names:
+        if not one.strip() or not one.isprintable():
+            raise ParameterError(
+                f"the name {one!r} is {'not printable' if one.strip() else 'empty'}", "give another one with --name"
+            )
     return [
         Contributor(
-            name=name or short_name(ref),
+            name=one,
             ref=ref,
             digest="",
             weight=weight,
@@ -49,7 +55,7 @@ def new_entries(
             rename=tuple(rename),
             nonfinite=nonfinite,
         )
-        for ref in refs
+        for one, ref in zip(names, refs, strict=True)
     ]
 
 
@@ -58,14 +64,22 @@ def ledger_kind(ledger: Ledger) -> Kind:
     return kind_of(ledger.method, ledger.settings, ledger.slots)
 
 
-def refuse_known(state: Path, known: Sequence[Contributor], entry: Contributor) -> None:
-    """Refuse an expert whose name is taken.
+def refuse_known(state: Path, known: Sequence[Contributor], entries: Sequence[Contributor]) -> None:
+    """Refuse new experts whose names are taken, by one that is in or by another new one.
 
     Raises:
-        StateError: If it is.
+        StateError: If a name is.
     """
-    if any(c.name == entry.name for c in known):
-        raise StateError(f"{entry.name} is in {state} already", "remove it first, or give another --name")
+    for i, entry in enumerate(entries):
+        if any(c.name == entry.name for c in known):
+            raise StateError(f"{entry.name} is in {state} already", "remove it first, or give another --name")
+        for twin in (c for c in entries[:i] if c.name == entry.name):
+            if twin.ref == entry.ref:
+                raise StateError(f"{entry.ref} is given twice", "give it once")
+            raise StateError(
+                f"{twin.ref} and {entry.ref} would both be called {entry.name}",
+                "add them one by one, one with a --name",
+            )
 
 
 def check_weight(ledger: Ledger, weight: float) -> None:

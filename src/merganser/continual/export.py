@@ -47,10 +47,16 @@ class _Export:
         return fsum(abs(c.weight) if role == "statistic" else c.weight for c in self.ledger.contributors)
 
     @property
+    def least(self) -> float:
+        """The smallest of the weights."""
+        return min((abs(c.weight) for c in self.ledger.contributors), default=0.0)
+
+    @property
     def scale(self) -> float:
         if not isinstance(self.method, Step) or self.method.scale is None:
             return 1.0
-        return self.method.scale([c.norm for c in self.ledger.contributors], self.ledger.merged_norm)
+        # A mean over the experts that take part: of weight 0, one is as if it had not come.
+        return self.method.scale([c.norm for c in self.ledger.contributors if c.weight != 0], self.ledger.merged_norm)
 
     def tensor(self, name: str, role: Role) -> None:
         """Write one tensor of the merged model."""
@@ -68,7 +74,7 @@ class _Export:
                 continue
             dtype = compute_dtype(old.dtype, float64=self.ledger.float64 or self.writer.infos[name].dtype == "F64")
             state = {s: self.sums.read(f"{s}/{name}", rows).to(self.device) for s in slots}
-            change = self.kind.finalise(self.method, role, info.shape, state, self.given, self.total(role))
+            change = self.kind.finalise(self.method, role, info.shape, state, self.given, self.total(role), self.least)
             change = change.to(dtype) * scale if scale != 1 else change.to(dtype)
             new = old.to(self.device, dtype) + self.kind.restored(role, info.shape, change)
             if not all_finite(new):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merganser.checkpoints import open_source
+from merganser.checkpoints.overlap import refuse_overlap
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, FolderTransaction
 from merganser.continual.changing import How, arrivals, set_weight, take_in
 from merganser.continual.combine import combine
@@ -101,7 +102,7 @@ class Fold:
         Raises:
             ParameterError: If the method or a setting is unknown or out of range.
             RefError: If the base is not there.
-            OutputError: If the state folder exists.
+            OutputError: If the state folder exists, or lies within the base.
         """
         kind = kind_of(method, settings)
         if sums_dtype not in (None, "F32", "F64"):
@@ -109,6 +110,9 @@ class Fold:
         ref = absolute_ref(str(base))
         source = open_source(ref)
         roles = assign_roles(source, freeze=freeze, matrix=matrix, vector=vector)
+        if freeze and all(role == "fixed" for role in roles.values()):
+            raise ParameterError(f"nothing of {source.ref} is left to merge: --freeze takes all of it")
+        refuse_overlap(Path(state), [ref])
         transaction = FolderTransaction(Path(state))
         try:
             jobs = [
@@ -296,6 +300,7 @@ class Fold:
     def cost(
         self,
         *experts: str | Path,
+        weight: float = 1.0,
         name: str | None = None,
         ignore: Sequence[str] = (),
         rename: Sequence[str] = (),
@@ -306,6 +311,7 @@ class Fold:
 
         Args:
             experts: as for `add_all`, and so the others.
+            weight: of each of them.
             name: what the ledger would call it.
             ignore: patterns of tensor names to leave out.
             rename: prefixes to replace.
@@ -314,10 +320,12 @@ class Fold:
 
         Raises:
             StateError: If an expert of that name is in already.
+            ParameterError: If the method cannot take the weight.
             TensorError: If its tensors do not fit the base's.
         """
+        check_weight(self.ledger, weight)
         with locked(self.path, write=False) as ledger:
-            entries = new_entries(experts, 1.0, name, ignore, rename)
+            entries = new_entries(experts, weight, name, ignore, rename)
             step = arrivals(self.path, ledger, read_base_record(self.path), entries, base=base)
             return step.cost(usable_threads(threads))
 

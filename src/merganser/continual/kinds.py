@@ -155,9 +155,20 @@ class Kind:
         return {n: torch.add(state[n], x, alpha=weight) if state else x.double() * weight for n, x in terms.items()}
 
     def finalise(
-        self, method: Method, role: Role, shape: Sequence[int], state: Slots, given: Mapping[str, Any], total: float
+        self,
+        method: Method,
+        role: Role,
+        shape: Sequence[int],
+        state: Slots,
+        given: Mapping[str, Any],
+        total: float,
+        least: float = 0.0,
     ) -> Tensor:
         """The merged change of a tensor, or of some rows of it where it may be chunked.
+
+        The trace of G is the sum of the weights of those experts that change the tensor: each term of it has trace 1.
+        Below the least weight there is none of them, and what is left of the sums is the rounding of experts that were
+        taken out.
 
         Args:
             method: this kind's own, or another whose sums are here.
@@ -166,6 +177,7 @@ class Kind:
             state: its slots.
             given: settings of `method`.
             total: sum of the weights.
+            least: the smallest of the weights in the sums; 0 where nothing was ever taken out.
         """
         if role == "statistic":
             return mean(state["s"], total=total) if total > 0 else torch.zeros_like(state["s"])
@@ -176,6 +188,8 @@ class Kind:
         brought: dict[str, Any] = {**state, "total": total}
         if "g" in state:
             brought["g"] = unpack_symmetric(state["g"], matrix_shape(role, shape)[1])
+            if float(brought["g"].double().trace()) < least / 2:
+                return state["g"].new_zeros(matrix_shape(role, shape))
         return _as_tensor(call(method.function, brought, given))
 
     def fold_bytes(self, role: Role, shape: Sequence[int], *, float64: bool) -> int:

@@ -21,7 +21,7 @@ FORMAT: Literal["merganser-fold-1"] = "merganser-fold-1"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, revalidate_instances="always")
 
 
 Record = TypeVar("Record", bound=_Strict)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import fsum, sqrt
+from math import fsum, inf, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from merganser.continual.roles import Role
+from merganser.continual.roles import Role, quoted
 from merganser.continual.stream import chunks
 from merganser.errors import NonFiniteError
 from merganser.numerics import all_finite, compute_dtype, raw_bytes, sum_of_squares
@@ -90,14 +90,22 @@ def change(
         allow_nonfinite: count NaN and infinity as no change.
 
     Raises:
-        NonFiniteError: If the expert holds NaN or infinity there, and that is not allowed.
+        NonFiniteError: If the expert holds NaN or infinity there, and that is not allowed; or if the difference of
+            finite values overflows.
     """
     new = expert.read(stored, rows)
     reading.hash.update(raw_bytes(new))
     d = torch.sub(new.to(old.device, compute_dtype(new.dtype, float64=old.dtype == torch.float64)), old)
     del new
     square = sum_of_squares(d)
-    if not (square < float("inf") or all_finite(d)):
+    if not (square < inf or all_finite(d)):
+        if bool((~d.isfinite() & expert.read(stored, rows).to(d.device).isfinite()).any()):
+            one_of = str(d.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"the change of {name} in {expert.ref} is beyond {one_of}, though its values are not",
+                f"leave it out with --ignore {quoted(name)}"
+                + ("" if one_of == "float64" else ", or begin a fold with --float64"),
+            )
         if not allow_nonfinite:
             raise NonFiniteError(
                 f"{name} of {expert.ref} holds NaN or infinity",
@@ -136,7 +144,9 @@ def base_digest(base: Source, name: str, role: Role) -> str:
     for rows in chunks(info.shape):
         x = base.read(name, rows if info.shape else None)
         if role not in ("exact", "fixed") and not all_finite(x):
-            raise NonFiniteError(f"{name} of the base {base.ref} holds NaN or infinity", f"--freeze '{name}' keeps it")
+            raise NonFiniteError(
+                f"{name} of the base {base.ref} holds NaN or infinity", f"--freeze {quoted(name)} keeps it"
+            )
         hashed.update(raw_bytes(x))
     return hashed.hexdigest()
 
@@ -148,9 +158,12 @@ def model_digest(infos: Mapping[str, TensorInfo], digests: Mapping[str, str]) ->
 
 
 def norm(squares: list[float]) -> float:
-    """Root of a sum of sums of squares, exact in any order.
+    """Root of a sum of sums of squares, exact in any order; infinity where the sum is beyond float64.
 
-    >>> norm([9.0, 16.0])
-    5.0
+    >>> norm([9.0, 16.0]), norm([1e308, 1e308])
+    (5.0, inf)
     """
-    return sqrt(fsum(squares))
+    try:
+        return sqrt(fsum(squares))
+    except OverflowError:  # of finite squares
+        return inf

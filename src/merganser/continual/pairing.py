@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from merganser.continual.roles import Role, matches
+from merganser.continual.roles import Role, matches, quoted
 from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError, and_more
 from merganser.types import FLOAT_DTYPES, Source
 
@@ -34,7 +34,7 @@ def pair(base: Source, expert: Source, roles: Mapping[str, Role], ignore: Sequen
     if missing := [name for name in wanted if name not in found]:
         raise MissingTensorError(
             f"{missing[0]}{and_more(missing)} is in the base and not in {expert.ref}",
-            _rename_hint(missing, expert) or f"if it is unchanged, leave it out with --ignore '{missing[0]}'",
+            _rename_hint(missing, expert) or f"if it is unchanged, leave it out with --ignore {quoted(missing[0])}",
         )
     if not found:
         raise ParameterError(f"nothing of {expert.ref} is left to merge: --ignore takes all of it")
@@ -44,7 +44,7 @@ def pair(base: Source, expert: Source, roles: Mapping[str, Role], ignore: Sequen
         if ours.shape != theirs.shape:
             raise ShapeError(
                 f"{name} has 2 shapes: {ours.shape} in {base.ref}; {theirs.shape} in {expert.ref}",
-                f"leave it out with --ignore '{name}'",
+                f"leave it out with --ignore {quoted(name)}",
             )
         if (ours.dtype in FLOAT_DTYPES) != (theirs.dtype in FLOAT_DTYPES):
             raise DtypeError(
@@ -70,7 +70,7 @@ def _refuse_extra(base: Source, expert: Source, used: set[str], ignore: Sequence
     if extra:
         raise ExtraTensorError(
             f"{extra[0]}{and_more(extra)} is in {expert.ref} and not in the base",
-            f"leave it out with --ignore '{extra[0]}', or rename a prefix with --rename OLD=NEW",
+            f"leave it out with --ignore {quoted(extra[0])}, or rename a prefix with --rename OLD=NEW",
         )
 
 

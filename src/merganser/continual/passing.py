@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import torch
@@ -19,16 +19,17 @@ from torch import Tensor
 from merganser.checkpoints import open_source
 from merganser.checkpoints.copying import renamed_by
 from merganser.checkpoints.placed import PlacedWriter
+from merganser.checkpoints.tied_head import with_head
 from merganser.checkpoints.views import widened
 from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from merganser.continual.kinds import Kind, Slots
 from merganser.continual.ledger import BaseRecord, Contributor, Ledger
 from merganser.continual.measure import Read, Reading, change, equal, model_digest, norm, read_base, tensor_digest
 from merganser.continual.pairing import pair, untied
-from merganser.continual.roles import Role, is_matrix
+from merganser.continual.roles import Role, is_matrix, quoted
 from merganser.continual.state import CheckedSums, next_generation, open_sums
 from merganser.continual.stream import Job, Progress, chunk_elements, chunks, peak_bytes, run_jobs
-from merganser.errors import DtypeError, ParameterError, StateError, TensorError
+from merganser.errors import DtypeError, NonFiniteError, ParameterError, StateError, TensorError
 from merganser.numerics import compute_dtype, narrowed, sum_of_squares
 from merganser.types import ITEM_BYTES, Source, TensorInfo
 
@@ -193,11 +194,14 @@ class Pass:
         return jobs
 
     def result(self, writer: CheckpointWriter, outcomes: Mapping[str, Outcome]) -> Result:
-        """What the pass gives, of what the jobs of all tensors saw."""
-        merged = [
-            x for name, role in self.record.roles.items() if role in NORMED for x in outcomes[name].merged_squares
-        ]
-        return Result(writer, tuple(self._seen(i, outcomes) for i in range(len(self.arrivals))), norm(merged))
+        """What the pass gives, of what the jobs of all tensors saw.
+
+        Raises:
+            NonFiniteError: If the norm of a change, or of the state, is beyond float64.
+        """
+        seen = tuple(self._seen(i, outcomes) for i in range(len(self.arrivals)))
+        merged = {n: list(outcomes[n].merged_squares) for n, role in self.record.roles.items() if role in NORMED}
+        return Result(writer, seen, _finite_norm(merged, f"the state {self.state} with {self.arrivals[-1].expert.ref}"))
 
     def _seen(self, i: int, outcomes: Mapping[str, Outcome]) -> Seen:
         expert, found = self.arrivals[i].expert, self.arrivals[i].found
@@ -206,9 +210,9 @@ class Pass:
         normed = [name for name, role in roles.items() if role in NORMED]
         # Norm weights near 1 would hide that two networks have nothing in common: only matrices tell.
         telling = [name for name, role in roles.items() if is_matrix(role)] or normed
-        change_norm, telling_norm = (
-            norm([x for name in names for x in outcomes[name].experts[i].squares]) for names in (normed, telling)
-        )
+        squares = {name: list(outcomes[name].experts[i].squares) for name in normed}
+        change_norm = _finite_norm(squares, f"the change of {expert.ref}")
+        telling_norm = norm([x for name in telling for x in squares[name]])
         base_norm = norm([x for name in telling for x in outcomes[name].base.squares])
         return Seen(
             expert.identity or model_digest({n: expert.infos[s] for n, s in found.items()}, tensors),
@@ -287,17 +291,35 @@ class Pass:
         if stored is not None and not equal(self.base, arrival.expert, name, stored, reading):
             raise DtypeError(
                 f"{name} is {self.base.infos[name].dtype} and differs between {self.base.ref} and {arrival.expert.ref}",
-                f"integers cannot be merged; leave it out with --ignore '{name}'",
+                f"integers cannot be merged; leave it out with --ignore {quoted(name)}",
             )
+
+
+def _finite_norm(squares: Mapping[str, list[float]], what: str) -> float:
+    """Norm of several tensors as one.
+
+    Raises:
+        NonFiniteError: If it is beyond float64; names the largest.
+    """
+    found = norm([x for one in squares.values() for x in one])
+    if not isfinite(found):
+        largest = max(squares, key=lambda name: norm(squares[name]))
+        raise NonFiniteError(
+            f"the norm of {what} is beyond float64, {largest} being the largest part of it",
+            f"values of 1e154 and more have no square: leave the tensor out with --ignore {quoted(largest)}",
+        )
+    return found
 
 
 def open_expert(entry: Contributor, base: Source) -> Source:
     """Open an expert as the ledger describes it; an adapter is applied to the base.
 
+    Where the base holds a head of its own and the expert's config ties its head to its embedding, that is the head.
+
     Raises:
         ParameterError: If a renaming is not OLD=NEW, or fits no name.
     """
-    return renamed_by(open_source(entry.ref, base=widened(base)), entry.rename)
+    return with_head(renamed_by(open_source(entry.ref, base=widened(base)), entry.rename), base.infos)
 
 
 def arrive(

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -50,7 +51,8 @@ def assign_roles(
 
     Raises:
         DtypeError: If a tensor is quantised or complex, by name.
-        ParameterError: If a pattern matches nothing, or names a 0-D or 1-D tensor a matrix.
+        ParameterError: If a pattern matches nothing, names a 0-D or 1-D tensor a matrix, or a tensor is named a matrix
+            and a vector.
     """
     for pattern in (*freeze, *matrix, *vector):
         if not any(fnmatchcase(name, pattern) for name in base.infos):
@@ -65,6 +67,8 @@ def assign_roles(
                 f"{name} of {base.ref} is {info.dtype}, which cannot be merged",
                 "dequantise the model, or freeze it",
             )
+        elif matches(name, vector) and matches(name, matrix):
+            raise ParameterError(f"{name} is named by --matrix and by --vector", "name it by one of them")
         elif matches(name, vector) and info.dtype in FLOAT_DTYPES:
             roles[name] = "vector"
         elif matches(name, matrix) and info.dtype in FLOAT_DTYPES:
@@ -128,6 +132,21 @@ def _is_vocabulary(shape: tuple[int, ...]) -> bool:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a name fits any of some shell patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def literal(name: str) -> str:
+    """A shell pattern that fits this name only.
+
+    >>> literal("layers[0].weight")
+    'layers[[]0].weight'
+    """
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def quoted(name: str) -> str:
+    """A name as a pattern on a command line, for a hint."""
+    pattern = literal(name)
+    return shlex.quote(pattern) if "'" in pattern else f"'{pattern}'"
 
 
 def matrix_shape(role: Role, shape: Sequence[int]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ from merganser.continual.ledger import LEDGER_NAME, Ledger, read_ledger, write_r
 from merganser.errors import CheckpointError, OutputError, StateError
 from merganser.numerics import raw_bytes
 from merganser.types import TensorInfo
+
+#: Folders that the package makes in a state: a generation, and the temporary sibling that it is written to.
+_GENERATION = re.compile(r"sums-\d{5,}|\.sums-\d{5,}\.partial-.+")
 
 
 @contextmanager
@@ -54,8 +58,8 @@ def locked(state: Path, *, write: bool) -> Iterator[Ledger]:
 def _remove_rubbish(state: Path, ledger: Ledger) -> None:
     """Roll back what an interrupted run left: generations that the ledger does not name."""
     try:
-        for path in (*state.glob("sums-*"), *state.glob(".sums-*")):
-            if path.name != ledger.sums and path.is_dir():
+        for path in sorted(state.iterdir()):
+            if _GENERATION.fullmatch(path.name) and path.name != ledger.sums and path.is_dir():
                 shutil.rmtree(path)
         for path in state.glob(".*.json.new"):
             path.unlink()

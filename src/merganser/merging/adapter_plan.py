@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from merganser.checkpoints.lora_edits import PREFIX, ROLES, Edit
 from merganser.continual.kinds import THINNEST_FACTORED
-from merganser.continual.roles import Role, assign_roles, is_matrix, matches
+from merganser.continual.roles import Role, assign_roles, is_matrix, literal, matches
 from merganser.errors import AdapterError, ParameterError, ShapeError
 from merganser.merging.adapters import AS_MODELS, Adapter, open_adapters
 from merganser.merging.core_space import Factors, Frame, core_of, factors_of, frame_of
@@ -147,7 +147,8 @@ class AdapterMerge:
                 if x is None or not torch.equal(x, first):
                     raise AdapterError(
                         f"{name}, which adapters hold as a whole, is another in {adapter.ref}",
-                        f"its change against the base can be merged: say base: PATH; keep: ['{name}'] leaves it out"
+                        "its change against the base can be merged: say base: PATH; "
+                        f"keep: ['{literal(name)}'] leaves it out"
                         if first.is_floating_point()
                         else "integers cannot be merged: leave the adapter out",
                     )
@@ -336,5 +337,5 @@ def _refuse_changed_wholes(targets: Mapping[str, Target], adapters: Sequence[Ada
         if missing := [a.ref for a, edit in zip(adapters, target.edits, strict=True) if edit is None]:
             raise AdapterError(
                 f"{name} is held as a whole by some adapters, and not by {', '.join(missing)}",
-                f"its change against the base can be merged: say base: PATH; keep: ['{name}'] leaves it out",
+                f"its change against the base can be merged: say base: PATH; keep: ['{literal(name)}'] leaves it out",
             )

@@ -110,6 +110,13 @@ def read_token(node: Node) -> str | int:
     )
 
 
+def read_keep(node: Node) -> tuple[str, ...]:
+    """Patterns of names: one, or a list of them."""
+    if isinstance(node.value, str):
+        return (node.string(),)
+    return tuple(entry.string("a pattern of names") for entry in node.items("a list of patterns of names"))
+
+
 def read_template(node: Node) -> str:
     """A chat template: "auto", or one as it stands in the file, or one of those that have a name."""
     text = node.string("auto, or a template")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoints.writer import write_json
-from merganser.merging.config_depth import deepen
+from merganser.merging.config_depth import Described, deepen
 from merganser.merging.layers import depths, place_of
 from merganser.merging.plan import Plan
 from merganser.merging.tokenizer_json import is_tokenizer_file
@@ -42,6 +42,15 @@ def write_companions(plan: Plan, folder: Path, *, taken: set[str]) -> list[Path]
             copied.append(file)
     (folder / CARD_NAME).write_text(_card(plan), "utf-8")
     return copied
+
+
+def check_companions(plan: Plan) -> None:
+    """Refuse what the files beside the weights could not be made of, before any work.
+
+    Raises:
+        ParameterError: If the configs of the models do not fit together.
+    """
+    _files(plan)
 
 
 def _files(plan: Plan) -> dict[str, _File]:
@@ -82,8 +91,7 @@ def _adapted(name: str, config: Mapping[str, Any], plan: Plan) -> dict[str, Any]
         changed = plan.vocabulary.adapted(config, plan.donor, other)
     if name != _CONFIG:
         return changed
-    before = depths(plan.sources[plan.donor].infos)
-    changed = deepen(changed, before, {stack: _donor_layers(plan, stack, n) for stack, n in plan.layers.items()})
+    changed = _deepened(changed, plan)
     types = {t.info.dtype for t in plan.tensors.values() if t.info.dtype in FLOAT_DTYPES}
     stored = {i.dtype for i in plan.sources[plan.donor].infos.values() if i.dtype in FLOAT_DTYPES}
     if len(types) == 1 and types != stored:
@@ -95,14 +103,44 @@ def _adapted(name: str, config: Mapping[str, Any], plan: Plan) -> dict[str, Any]
     return changed
 
 
-def _donor_layers(plan: Plan, stack: str, count: int) -> list[int]:
-    """For every layer of the output, the lead model's layer that it is made of."""
-    found = [0] * count
+def _deepened(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The donor's config for as many layers as the output has, and of the kinds that they are."""
+    origins = _origins(plan)
+    models = {ref: _described(plan, ref) for found in origins.values() for ref, _ in found.values()}
+    donor = models[plan.donor] = Described(plan.donor, config, depths(plan.sources[plan.donor].infos))
+    after: dict[str, list[tuple[Described, int]]] = {}
+    for stack, found in origins.items():
+        if not found:
+            continue
+        after[stack] = []
+        for number in range(plan.layers[stack]):
+            near = min(found, key=lambda n: abs(n - number))  # itself, but for numbers that no tensor has
+            model, layer = models[found[near][0]], found[near][1] + number - near
+            after[stack].append((model, max(0, min(layer, model.depths[stack] - 1))))
+    return deepen(donor, after)
+
+
+def _described(plan: Plan, ref: str) -> Described:
+    return Described(ref, _content(_files_of(plan, ref).get(_CONFIG)) or {}, depths(plan.sources[ref].infos))
+
+
+def _origins(plan: Plan) -> dict[str, dict[int, tuple[str, int]]]:
+    """For every layer of each stack of the output, the model and the layer that it is like.
+
+    The donor's where it is one of those that are merged there, else the lead's.
+    """
+    found: dict[str, dict[int, tuple[str, int]]] = {}
     for name, tensor in plan.tensors.items():
-        place = place_of(name)
-        lead = place_of((tensor.base or tensor.models[0]).name)
-        if place is not None and lead is not None and place.stack == stack:
-            found[place.index] = lead.index
+        if (place := place_of(name)) is None:
+            continue
+        pieces = [p for p in (tensor.base, *tensor.models) if p is not None]
+        layers = found.setdefault(place.stack, {})
+        for piece in pieces:
+            origin = place_of(piece.name)
+            if origin is None or origin.stack != place.stack:
+                continue  # tied to another
+            if place.index not in layers or (piece.ref == plan.donor != layers[place.index][0]):
+                layers[place.index] = (piece.ref, origin.index)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The number of layers in a config.json, changed as the layers were.
+"""What a config.json says of layers, changed as the layers were: their number, and lists of one entry a layer.
 
 | key | whose layers |
 |---|---|
@@ -6,7 +6,8 @@
 | `encoder_layers`, `num_decoder_layers`, `num_single_layers` and the like | of the stack with that word in its name |
 | any of these within `text_config`, `vision_config` and the like | of the stack with that word in its name |
 
-The number must be that of the donor's stack, else it means something else and stays.
+The number must be that of the donor's stack, else it means something else and stays. A list is one entry a layer where
+it stands beside that number and is as long; each entry comes from the config of the model that its layer comes from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merganser.errors import ParameterError
+
 _ANY = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_hidden_groups")
 _OWNED = re.compile(r"^(?:num_|n_)?(?P<owner>encoder|decoder|single)_layers$")
 #: Other words by which names of tensors call what a config calls so.
@@ -25,59 +28,107 @@ _ALSO = {"language": "text", "visual": "vision", "image": "vision", "speech": "a
 _NO_LAYERS = re.compile(r"^architectures$|_token_ids?$|_token_index$|_tokens$|_limit$|(image|patch)_size$")
 
 
+@dataclass(frozen=True, eq=False)
+class Described:
+    """A model as its config.json describes it.
+
+    Attributes:
+        ref: of the model.
+        config: its content.
+        depths: number of layers of each stack of its tensors.
+    """
+
+    ref: str
+    config: Mapping[str, Any]
+    depths: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A number of layers in a config.
 
     Attributes:
         node: the mapping that holds it, in the changed config.
+        path: keys that lead to that mapping.
         key: its key.
         value: as it was.
         owner: word of the stack's name that the key asks for; "" for any stack.
     """
 
     node: dict[str, Any]
+    path: tuple[str, ...]
     key: str
     value: int
     owner: str
 
 
-def deepen(config: Mapping[str, Any], before: Mapping[str, int], after: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """A config with other numbers of layers, and lists of one entry a layer made to fit.
+def deepen(donor: Described, after: Mapping[str, Sequence[tuple[Described, int]]]) -> dict[str, Any]:
+    """The donor's config with other numbers of layers, and with lists of one entry a layer made to fit.
 
     Args:
-        config: the donor's.
-        before: number of layers of each of the donor's stacks.
-        after: for every layer of each of the output's stacks, the donor's layer that it is like.
+        donor: whose config it is.
+        after: for every layer of each of the output's stacks, the model that it comes from, and its number there.
 
-    >>> deepen({"num_hidden_layers": 2, "layer_types": ["a", "b"]}, {"h.": 2}, {"h.": [0, 1, 1]})
-    {'num_hidden_layers': 3, 'layer_types': ['a', 'b', 'b']}
-    >>> deepen({"num_layers": 2, "num_decoder_layers": 2}, {"decoder.block.": 2}, {"decoder.block.": [0]})
+    Raises:
+        ParameterError: If the donor has a list of one entry a layer, and a model that gives a layer has none.
+
+    >>> a = Described("a", {"num_hidden_layers": 2, "layer_types": ["x", "y"]}, {"h.": 2})
+    >>> deepen(a, {"h.": [(a, 0), (a, 1), (a, 1)]})
+    {'num_hidden_layers': 3, 'layer_types': ['x', 'y', 'y']}
+    >>> b = Described("b", {"num_layers": 2, "num_decoder_layers": 2}, {"decoder.block.": 2})
+    >>> deepen(b, {"decoder.block.": [(b, 0)]})
     {'num_layers': 2, 'num_decoder_layers': 1}
     """
-    changed = copy.deepcopy(dict(config))
+    changed = copy.deepcopy(dict(donor.config))
     entries = list(_entries(changed, ""))
     for stack, layers in after.items():
-        count = before.get(stack, len(layers))
-        if count == len(layers):
+        count = donor.depths.get(stack, len(layers))
+        if [(model.ref, layer) for model, layer in layers] == [(donor.ref, i) for i in range(count)]:
             continue
         for entry in _of_stack(entries, stack, count):
             entry.node[entry.key] = len(layers)
             for key, value in entry.node.items():
                 if isinstance(value, list) and len(value) == count and not _NO_LAYERS.search(key):
-                    entry.node[key] = [value[i] for i in layers]
+                    entry.node[key] = _joined(donor, stack, (*entry.path, key), layers)
     return changed
 
 
-def _entries(node: dict[str, Any], owner: str) -> Iterator[_Entry]:
+def _joined(donor: Described, stack: str, path: Sequence[str], layers: Sequence[tuple[Described, int]]) -> list[Any]:
+    """A list of one entry a layer for the layers of the output."""
+    own = _at(donor.config, path)
+    lists = {donor.ref: own, **{model.ref: _at(model.config, path) for model, _ in layers}}
+    depths = {donor.ref: donor.depths[stack], **{model.ref: model.depths[stack] for model, _ in layers}}
+    if len(set(depths.values())) > 1 and all(found == own for found in lists.values()):
+        return list(own)  # the same in models of different depths, so its length is chance
+    for number, (model, _) in enumerate(layers):
+        found, count = lists[model.ref], depths[model.ref]
+        if not isinstance(found, list) or len(found) != count:
+            has = f"a list of {len(found)}" if isinstance(found, list) else "no such list"
+            key = ".".join(path)
+            raise ParameterError(
+                f"{key} of config.json has one entry a layer in {donor.ref} and {has} for the {count} layers of "
+                f"{model.ref}, which give {stack}{number} of the output",
+                f"write {key} into the config.json of {model.ref}, or take it out of that of {donor.ref}",
+            )
+    return [lists[model.ref][layer] for model, layer in layers]
+
+
+def _at(config: Mapping[str, Any], path: Sequence[str]) -> Any:
+    node: Any = config
+    for key in path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def _entries(node: dict[str, Any], owner: str, path: tuple[str, ...] = ()) -> Iterator[_Entry]:
     for key, value in node.items():
         if isinstance(value, dict):
-            yield from _entries(value, _word(key) or owner)
+            yield from _entries(value, _word(key) or owner, (*path, key))
         elif isinstance(value, int) and not isinstance(value, bool):
             if found := _OWNED.match(key):
-                yield _Entry(node, key, value, found["owner"])
+                yield _Entry(node, path, key, value, found["owner"])
             elif key in _ANY:
-                yield _Entry(node, key, value, owner)
+                yield _Entry(node, path, key, value, owner)
 
 
 def _of_stack(entries: Sequence[_Entry], stack: str, count: int) -> list[_Entry]:

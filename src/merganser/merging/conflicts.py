@@ -27,7 +27,7 @@ from torch import Tensor
 
 from merganser.continual.roles import is_matrix, matrix_shape
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
-from merganser.errors import ParameterError
+from merganser.errors import NonFiniteError, ParameterError
 from merganser.merging.layers import place_of
 from merganser.merging.merged import Merged
 from merganser.merging.plan import Piece, Plan, TensorPlan
@@ -138,6 +138,7 @@ def measure(
 
     Raises:
         ParameterError: If `layers` or `threads` is below 1.
+        NonFiniteError: If squares of a tensor are beyond float64.
     """
     plan = merged.plan
     names = _sampled(plan, layers)
@@ -226,10 +227,15 @@ def _measured(plan: Plan, tensor: TensorPlan) -> _Found:
             for i, d_i in enumerate(d):
                 size = d_i.abs()
                 found.lost[i] += int(((size < half) & (size > 0)).count_nonzero())
+        bases.append(float(torch.dot(base, base)))
+        if not all(map(isfinite, (bases[-1], *torch.linalg.vecdot(d, d).tolist()))):
+            raise NonFiniteError(
+                f"{pieces[0].name} holds values of 1e154 and more, whose squares are beyond float64",
+                "such models can be merged, and not measured",
+            )
         dots.append(product(d, d.T).reshape(-1).tolist())
         d.abs_()
         absolute.append(product(d, d.T).reshape(-1).tolist())
-        bases.append(float(torch.dot(base, base)))
     if dots and not any(found.nonfinite):
         found.dots, found.absolute, found.base = _summed(dots, count), _summed(absolute, count), fsum(bases)
         if is_matrix(tensor.role):

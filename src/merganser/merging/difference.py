@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import fsum, inf, nan, sqrt
+from math import fsum, inf, isfinite, nan, sqrt
 
 import torch
 from torch import Tensor
 
-from merganser.continual.roles import assign_roles, is_matrix, matches
+from merganser.continual.roles import assign_roles, is_matrix, literal, matches, quoted
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
-from merganser.errors import DtypeError, ParameterError, ShapeError
+from merganser.errors import DtypeError, NonFiniteError, ParameterError, ShapeError
 from merganser.merging.layers import place_of, stands_before
 from merganser.merging.spectra import effective_rank, short_gram
 from merganser.merging.survey import cell_rows, chunk_rows
@@ -167,6 +167,7 @@ def difference(
     Raises:
         ShapeError: If a tensor has two shapes.
         DtypeError: If a tensor is complex, or floating in one model and not in the other.
+        NonFiniteError: If a tensor holds values whose squares are beyond float64.
         ParameterError: If a pattern of `ignore` fits no name, or the models share no tensor.
         CheckpointError: If a file changed since its header was read.
     """
@@ -181,7 +182,7 @@ def difference(
         raise ParameterError(f"{a.ref} and {b.ref} share no tensor", "merganser inspect --tensors lists their names")
     _refuse(a, b, pairs)
     unknown = [n for n, info in a.infos.items() if info.dtype not in (*FLOAT_DTYPES, *EXACT_DTYPES)]
-    roles = assign_roles(a, freeze=[_literal(name) for name in unknown])
+    roles = assign_roles(a, freeze=[literal(name) for name in unknown])
     jobs = []
     for name, (one, other) in pairs.items():
         info = a.infos[one]
@@ -203,11 +204,6 @@ def _stored(source: Source, name: str) -> str | None:
     return name if name in source.infos else source.aliases.get(name)
 
 
-def _literal(name: str) -> str:
-    """A shell pattern that fits this name only."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def _refuse(a: Source, b: Source, pairs: dict[str, tuple[str, str]]) -> None:
     infos = {name: (a.infos[one], b.infos[other]) for name, (one, other) in pairs.items()}
     if uneven := [name for name, (one, other) in infos.items() if one.shape != other.shape]:
@@ -215,15 +211,15 @@ def _refuse(a: Source, b: Source, pairs: dict[str, tuple[str, str]]) -> None:
         more = f" (and {len(uneven) - 1} more differ)" if len(uneven) > 1 else ""
         raise ShapeError(
             f"{uneven[0]} has 2 shapes: {one.shape} in {a.ref}; {other.shape} in {b.ref}{more}",
-            f"leave it out with --ignore '{uneven[0]}', or compare models of one architecture",
+            f"leave it out with --ignore {quoted(uneven[0])}, or compare models of one architecture",
         )
     for name, (one, other) in infos.items():
         if "C64" in (one.dtype, other.dtype):
-            raise DtypeError(f"{name} is complex", f"leave it out with --ignore '{name}'")
+            raise DtypeError(f"{name} is complex", f"leave it out with --ignore {quoted(name)}")
         if (one.dtype in EXACT_DTYPES) != (other.dtype in EXACT_DTYPES):
             raise DtypeError(
                 f"{name} is {one.dtype} in {a.ref} and {other.dtype} in {b.ref}",
-                f"a quantised model must be dequantised first, or leave it out with --ignore '{name}'",
+                f"a quantised model must be dequantised first, or leave it out with --ignore {quoted(name)}",
             )
 
 
@@ -247,6 +243,11 @@ def _measured(name: str, one: tuple[Source, str], other: tuple[Source, str], ran
             if ranked:
                 whole[position : position + d.numel()] = d
                 position += d.numel()
+    if not any(broken) and not all(isfinite(x) for row in sums for x in row):
+        raise NonFiniteError(
+            f"{name} holds values of 1e154 and more, whose squares are beyond float64",
+            f"leave it out with --ignore {quoted(name)}",
+        )
     before, after, norm, inner = (fsum(column) for column in zip(*sums, strict=True)) if not any(broken) else (nan,) * 4
     found = None
     if ranked:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from merganser.continual.roles import literal
 from merganser.types import Source
 
 
 def patterns(names: Sequence[str]) -> list[str]:
-    """Few patterns that fit all of some names: numbers become stars."""
-    found = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    """Few patterns that fit all of some names: numbers become stars, and nothing else stands for more than itself.
+
+    >>> patterns(["h.0.a", "h.1.a", "experts[0].weight"])
+    ['h.*.a', 'experts[[]0].weight']
+    """
+    found = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", literal(name)) for name in names)
     return list(found) if len(found) <= 6 else [*list(found)[:6], "..."]
 
 

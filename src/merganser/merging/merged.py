@@ -18,7 +18,7 @@ from torch import Tensor
 
 from merganser.continual.kinds import kind_of
 from merganser.continual.passing import NORMED
-from merganser.continual.roles import is_matrix
+from merganser.continual.roles import is_matrix, literal
 from merganser.errors import DtypeError, NonFiniteError
 from merganser.merging.folding import factor_of, folded, has_factor
 from merganser.merging.held import HELD_BYTES, Held, Rows
@@ -185,7 +185,7 @@ class Merged:
                 if not torch.equal(self._read(piece, rows), value):
                     raise DtypeError(
                         f"{name} holds integers that differ between {lead.ref} and {piece.ref}",
-                        f"keep: ['{name}'] takes those of {lead.ref}",
+                        f"keep: ['{literal(name)}'] takes those of {lead.ref}",
                     )
         return narrowed(value, tensor.info.dtype, name)
 

@@ -5,6 +5,9 @@ What differs on purpose:
 * A key that nobody knows is an error here; mergekit ignores it. `lenient` warns instead.
 * A key that mergekit knows and that has no effect there (`int8_mask`, a `weight` under model_stock) has none here
   either, and a warning says so.
+* `keep`, a key of ours that mergekit ignores, names tensors that stay the base's or are left out.
+* Of several modules, a tensor belongs to the one with the longest prefix, so `default` takes what no other does; what
+  is in no module is an error.
 * `dtype` is the type of the output. Arithmetic is in float32 or wider, never in bfloat16.
 * Without `base_model`, the first model of the recipe gives config and tokenizer; in mergekit any of them may.
 
@@ -26,12 +29,10 @@ from typing import TypeVar
 
 from merganser.merging.checking import BaseUse, Words, base_use, method_for
 from merganser.merging.common import (
-    SOURCES,
     Origin,
     base_of_slice,
     output_dtype,
-    read_member,
-    read_source,
+    read_keep,
     read_template,
 )
 from merganser.merging.dialect import (
@@ -48,8 +49,9 @@ from merganser.merging.dialect import (
     words_of,
 )
 from merganser.merging.lookup import Rules, merge_names, rules_of
+from merganser.merging.mergekit_vocabulary import read_vocabulary
 from merganser.merging.reading import NOTHING, Node, kind_of, short
-from merganser.merging.recipe import Input, Recipe, Settings, Slice, Token, Vocabulary
+from merganser.merging.recipe import Input, Recipe, Settings, Slice
 from merganser.merging.values import Scalar, Value, mapped
 
 T = TypeVar("T", Input, Slice)
@@ -59,7 +61,7 @@ MODULE_PREFIXES: Mapping[str, str] = {"default": ""}
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "name",
+    "tokenizer", "chat_template", "name", "keep",
 )  # fmt: skip
 
 
@@ -106,8 +108,12 @@ class _Reader:
             dtype=output_dtype(entries),
             dialect="mergekit",
             chat_template=read_template(entries["chat_template"]) if "chat_template" in entries else None,
+            keep=read_keep(entries["keep"]) if "keep" in entries else (),
         )
-        recipe = with_defaults(replace(draft, vocabulary=self.vocabulary(entries, draft)), self.method)
+        recipe = with_defaults(
+            replace(draft, vocabulary=read_vocabulary(entries, draft, self.reference, lenient=self.lenient)),
+            self.method,
+        )
         words = Words("merge_method", "base_model", "parameters", "parameters", spelled(self.method), self.places)
         return recipe, words
 
@@ -338,63 +344,6 @@ class _Reader:
         if value != DIALECT_DEFAULTS[self.method].get(name):
             node.error(f"our {self.method} cannot do this; leave it out")
         return False
-
-    # what surrounds the weights
-
-    def vocabulary(self, entries: Mapping[str, Node], recipe: Recipe) -> Vocabulary | None:
-        if "tokenizer_source" in entries and "tokenizer" in entries:
-            entries["tokenizer_source"].error("give tokenizer_source or tokenizer, not both")
-        if "tokenizer_source" in entries:
-            return Vocabulary(self.source(entries["tokenizer_source"], recipe))
-        if "tokenizer" not in entries:
-            return None
-        node = entries["tokenizer"]
-        inner = node.fields(("source", "tokens", "pad_to_multiple_of"), lenient=self.lenient)
-        tokens = inner["tokens"].mapping("tokens by their text") if "tokens" in inner else {}
-        return Vocabulary(
-            source=self.source(inner["source"], recipe) if "source" in inner else SOURCES[0],
-            tokens={text: self.token(child, recipe) for text, child in tokens.items()},
-            pad_to_multiple_of=inner["pad_to_multiple_of"].integer(1) if "pad_to_multiple_of" in inner else 1,
-        )
-
-    def default_source(self, recipe: Recipe) -> str:
-        return "base" if recipe.base is not None or not recipe.refs else recipe.refs[0]
-
-    def source(self, node: Node, recipe: Recipe) -> str:
-        if not isinstance(node.value, dict):
-            text = node.string(f"one of {', '.join(SOURCES)}, or a model")
-            if text == "base" and recipe.base is None:
-                node.warn("there is no base_model; this takes the first model, and mergekit takes any")
-                return self.default_source(recipe)
-            if text in SOURCES or not text:
-                return text or SOURCES[0]
-        ref = self.reference(node)
-        return read_source(node, ref if ref != node.place else "", recipe.refs, SOURCES)
-
-    def token(self, node: Node, recipe: Recipe) -> Token:
-        entries = node.fields(("source", "force"), lenient=self.lenient)
-        force = entries["force"].flag() if "force" in entries else False
-        if "source" not in entries:
-            node.error("source is missing")
-            return Token("zero")
-        source = entries["source"]
-        if not isinstance(source.value, dict) or not {"kind", "token", "token_id"} & source.value.keys():
-            return Token("model", read_member(source, self.reference(source), recipe.refs), None, force)
-        inner = source.fields(("kind", "model", "token", "token_id"), lenient=self.lenient)
-        kind = inner["kind"].one_of(("zero", "model_token")) if "kind" in inner else "model_token"
-        if kind == "zero":
-            return Token("zero", force=force)
-        if "model" not in inner:
-            source.error("model is missing")
-        if ("token" in inner) == ("token_id" in inner):
-            source.error("give token or token_id" + (", not both" if "token" in inner else ""))
-        model = read_member(inner["model"], self.reference(inner["model"]), recipe.refs) if "model" in inner else None
-        token: str | int | None = None
-        if "token_id" in inner:
-            token = inner["token_id"].integer(0)
-        elif "token" in inner:
-            token = inner["token"].string("a token")
-        return Token("token", model, token, force)
 
 
 _NO_EFFECT = "has no effect here, in mergekit neither"

@@ -21,6 +21,18 @@ DIFFERENCES: Mapping[str, str] = {
         "mergekit drops them without a word (48 of 56 of a ViT as it is stored) or refuses the model; here "
         "every tensor is merged."
     ),
+    "`modules`": (
+        "mergekit's are those of its template; here a module is the tensors whose names begin with its name, `default` "
+        "takes what no other does, and what is in no module is an error."
+    ),
+    "Tensors that only a later model of a slice has": (
+        "mergekit may drop them; here they are an error, as in `models`, and `keep: [patterns]`, a key that mergekit "
+        "ignores, leaves them out."
+    ),
+    "Lists of one entry a layer in the config of slices": (
+        "mergekit leaves `layer_types` and its like as the donor has them, and changes their number alone; here "
+        "each entry is that of the model that the layer comes from, and a config that lacks it is an error."
+    ),
     "Tied and untied models together": (
         "mergekit writes a head, and a config that ties it away; here the output is untied and its config says so."
     ),

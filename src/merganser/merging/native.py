@@ -47,6 +47,7 @@ from merganser.merging.common import (
     Origin,
     base_of_slice,
     read_dtype,
+    read_keep,
     read_member,
     read_name,
     read_source,
@@ -186,7 +187,7 @@ def _read(document: Node, origin: Origin) -> tuple[Recipe, Words]:
         dialect="mergekit" if "dialect" in entries and _dialect(entries["dialect"]) == "mergekit" else "paper",
         seed=entries["seed"].integer(0) if "seed" in entries else 0,
         chat_template=read_template(entries["chat_template"]) if "chat_template" in entries else None,
-        keep=_keep(entries["keep"]) if "keep" in entries else (),
+        keep=read_keep(entries["keep"]) if "keep" in entries else (),
         adapter=_adapter(entries["adapter"]) if "adapter" in entries else None,
     )
     vocabulary = _vocabulary(entries["vocabulary"], draft, origin) if "vocabulary" in entries else None
@@ -297,12 +298,6 @@ def _post(node: Node) -> tuple[tuple[str, Settings], ...]:
 
 def _dialect(node: Node) -> str:
     return node.one_of(get_args(Dialect))
-
-
-def _keep(node: Node) -> tuple[str, ...]:
-    if isinstance(node.value, str):
-        return (node.string(),)
-    return tuple(entry.string("a pattern of names") for entry in node.items("a list of patterns of names"))
 
 
 def _adapter(node: Node) -> AdapterOut:

@@ -5,21 +5,21 @@ Everything that can be refused is refused here, before any work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from merganser.continual.roles import Role, assign_roles, matches
-from merganser.errors import DtypeError, ExtraTensorError, MissingTensorError, ParameterError, ShapeError, and_more
+from merganser.errors import DtypeError, MissingTensorError, ParameterError, ShapeError
 from merganser.merging.chosen_template import chat_template_of
-from merganser.merging.hints import patterns, prefix_hint
-from merganser.merging.layers import depth_of, depths, place_of, stands_before
+from merganser.merging.drafts import Draft, drafts_of, models_of
+from merganser.merging.layers import depth_of, depths, place_of
 from merganser.merging.lookup import Rules, rules_of
 from merganser.merging.post import check_posts
 from merganser.merging.ranges import Ranges
-from merganser.merging.recipe import Input, Recipe, Slice
+from merganser.merging.recipe import Input, Recipe
 from merganser.merging.statistics import statistics_of
 from merganser.merging.ties import tied
 from merganser.merging.values import Value, resolve
@@ -128,7 +128,7 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Source]) -> Plan:
         sources = {**sources, **vocabulary.sources}
     donor = recipe.base.ref if recipe.base is not None else recipe.slices[0].inputs[0].ref
     roles = {ref: assign_roles(sources[ref], freeze=_fitting(recipe.keep, sources[ref])) for ref in recipe.refs}
-    drafts = list(_drafts(recipe, sources, rules))
+    drafts = list(drafts_of(recipe, sources, rules, donor))
     stacks = depths(d.name for d in drafts)
     tensors: dict[str, TensorPlan] = {}
     ranges = Ranges(rules, recipe.post)
@@ -137,7 +137,8 @@ def make_plan(recipe: Recipe, sources: Mapping[str, Source]) -> Plan:
             raise ParameterError(f"{draft.name} would be made twice", "the slices overlap")
         tensors[draft.name] = tensor = _planned(recipe, rules, sources, roles, draft, stacks)
         if tensor.role not in ("fixed", "exact", "statistic"):
-            ranges.check(draft.name, tensor.role, tensor.weight, tensor.settings)
+            weights = [(p.ref, w) for p, w in zip(tensor.models, tensor.weight, strict=True)]
+            ranges.check(draft.name, tensor.role, tensor.info.shape, weights, tensor.settings)
     if not tensors:
         raise ParameterError("nothing would be merged", "the layer ranges are empty")
     aliases = {a: n for a, n in sources[donor].aliases.items() if n in tensors and a not in tensors}
@@ -156,143 +157,15 @@ def _fitting(patterns: Sequence[str], source: Source) -> list[str]:
     return [p for p in patterns if any(matches(name, (p,)) for name in source.infos)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """One output tensor before its settings are known: the slice, and the name it has in each model and in the base."""
-
-    name: str
-    slice: Slice
-    names: tuple[str, ...]
-    base_name: str | None
-    depth: float | None
-    copied: bool
-
-
-def _drafts(recipe: Recipe, sources: Mapping[str, Source], rules: Rules) -> Iterator[_Draft]:
-    for group in _by_module(recipe.slices):
-        if all(i.layers is None for s in group for i in s.inputs):
-            if len(group) > 1:
-                raise ParameterError("several slices need layer ranges", "write layer_range: [first, end]")
-            yield from _whole(recipe, group[0], sources, rules)
-        else:
-            yield from _stacked(recipe, group, sources, rules)
-
-
-def _by_module(slices: Sequence[Slice]) -> list[list[Slice]]:
-    groups: dict[str, list[Slice]] = {}
-    for one in slices:
-        groups.setdefault(one.module, []).append(one)
-    return list(groups.values())
-
-
-def _models_of(recipe: Recipe, one: Slice, rules: Rules) -> tuple[Input | None, list[Input]]:
-    """Base and models of a slice; where the base is one of the models, it comes first among them."""
-    base = (one.base or recipe.base) if rules.needs_base else None  # else it is the donor, no more
-    models = list(one.inputs)
-    if rules.base_is_model and base is not None:
-        models = [base, *(i for i in models if (i.ref, i.layers) != (base.ref, base.layers))]
-    return base, models
-
-
-def _whole(recipe: Recipe, one: Slice, sources: Mapping[str, Source], rules: Rules) -> Iterator[_Draft]:
-    base, models = _models_of(recipe, one, rules)
-    lead = sources[base.ref if base is not None else models[0].ref]
-    others = {i.ref: sources[i.ref] for i in models}
-    names = [n for n in lead.infos if n.startswith(one.module)]
-    # A name that the lead ties and another model stores apart is stored apart in the output.
-    names += [
-        a
-        for a, n in lead.aliases.items()
-        if a.startswith(one.module) and any(a in s.infos and s.aliases.get(n) != a for s in others.values())
-    ]
-    for ref, source in others.items():
-        known = {*names, *lead.aliases}
-        extra = [n for n in source.infos if n.startswith(one.module) and n not in known]
-        if extra := [n for n in extra if not matches(n, recipe.keep)]:
-            raise ExtraTensorError(
-                f"{extra[0]}{and_more(extra)} is in {ref} and not in {lead.ref}",
-                prefix_hint(extra, lead) or f"leave it out with keep: {patterns(extra)}",
-            )
-    lacking = {
-        ref: [n for n in names if n not in s.infos and n not in s.aliases and not matches(n, recipe.keep)]
-        for ref, s in others.items()
-    }
-    for name in sorted(names):
-        copied = matches(name, recipe.keep)
-        if not copied:
-            missing = [ref for ref, absent in lacking.items() if name in absent]
-            if missing:
-                absent = lacking[missing[0]]
-                raise MissingTensorError(
-                    f"{name}{and_more(absent)} is in {lead.ref} and not in {', '.join(missing)}",
-                    prefix_hint(absent, others[missing[0]]) or f"keep: {patterns(absent)} takes it from {lead.ref}",
-                )
-        yield _Draft(name, one, (name,) * len(models), name if base is not None else None, None, copied)
-
-
-def _stacked(recipe: Recipe, group: Sequence[Slice], sources: Mapping[str, Source], rules: Rules) -> Iterator[_Draft]:
-    position = 0
-    ended: dict[str, str] = {}
-    for number, one in enumerate(group):
-        base, models = _models_of(recipe, one, rules)
-        every = [i for i in (base, *models) if i is not None]
-        spans = [_span(i, models[0] if i is base and i.layers is None else i, sources) for i in every]
-        lengths = {stop - start for start, stop in spans}
-        if len(lengths) > 1:
-            where = "; ".join(f"{i.ref} [{a}, {b})" for i, (a, b) in zip(every, spans, strict=True))
-            raise ParameterError(f"the models of a slice have different numbers of layers: {where}")
-        length = lengths.pop()
-        lead, first = sources[every[0].ref], spans[0][0]
-        for stack, count in depths(n for n in lead.infos if n.startswith(one.module)).items():
-            if stack in ended and first < count and length:
-                raise ParameterError(
-                    f"{stack} would have a gap: {ended[stack]}, and a later slice goes on with it",
-                    "stacks of different depths are cut apart with mergekit's modules: {encoder: {slices: ...}}",
-                )
-            if first + length > count:
-                ended[stack] = f"it has {count} layers in {lead.ref}, and a slice takes [{first}, {first + length})"
-        for name in lead.infos:
-            if not name.startswith(one.module):
-                continue
-            place = place_of(name)
-            if place is None:
-                if number == (0 if stands_before(name) else len(group) - 1):
-                    other = name if base is not None else None
-                    yield _Draft(name, one, (name,) * len(models), other, 0.0, matches(name, recipe.keep))
-            elif first <= place.index < first + length:
-                step = place.index - first
-                names = [place.moved(start + step) for start, _ in spans]
-                yield _Draft(
-                    place.moved(position + step),
-                    one,
-                    tuple(names[len(every) - len(models) :]),
-                    names[0] if base is not None else None,
-                    depth_of(step, length),
-                    matches(name, recipe.keep),
-                )
-        position += length
-
-
-def _span(model: Input, ranged: Input, sources: Mapping[str, Source]) -> tuple[int, int]:
-    stacks = depths(sources[model.ref].infos)
-    if not stacks:
-        raise ParameterError(f"{model.ref} has no numbered layers, so it cannot be cut by layers")
-    count = max(stacks.values())
-    start, stop = ranged.layers if ranged.layers is not None else (0, count)
-    if not 0 <= start <= stop <= count:
-        raise ParameterError(f"layer_range [{start}, {stop}) of {model.ref}: it has {count} layers")
-    return start, stop
-
-
 def _planned(
     recipe: Recipe,
     rules: Rules,
     sources: Mapping[str, Source],
     roles: Mapping[str, Mapping[str, Role]],
-    draft: _Draft,
+    draft: Draft,
     stacks: Mapping[str, int],
 ) -> TensorPlan:
-    base, models = _models_of(recipe, draft.slice, rules)
+    base, models = models_of(recipe, draft.slice, rules)
     base_piece = _piece(sources, base, draft.base_name) if base is not None and draft.base_name is not None else None
     if draft.copied:  # the others need not have it
         lead = base_piece or _piece(sources, models[0], draft.names[0])
@@ -351,7 +224,7 @@ def _out_dtype(recipe: Recipe, lead: TensorInfo, infos: Sequence[TensorInfo]) ->
 
 
 def _settings(
-    recipe: Recipe, rules: Rules, draft: _Draft, models: Sequence[Input], depth: float
+    recipe: Recipe, rules: Rules, draft: Draft, models: Sequence[Input], depth: float
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     one = draft.slice
     shared: list[Mapping[str, Value]] = [one.settings, one.module_settings, recipe.settings]

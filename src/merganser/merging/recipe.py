@@ -40,7 +40,7 @@ class Slice:
         inputs: in the user's order; all with ranges of one length, or all without.
         base: in this slice, where it is another than the recipe's.
         settings: of this slice.
-        module: prefix of the tensors that the slice makes, such as "vision_tower."; "" for all.
+        module: prefix of the tensors that the slice makes, such as "text."; "" for all that no other module has.
         module_settings: of the module that the slice belongs to.
     """
 

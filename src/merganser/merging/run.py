@@ -86,13 +86,12 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
             if ref not in stages and ref not in opened:
                 opened[ref] = Digested(open_source(ref)) if digests else open_source(ref)
         sources = {ref: stages[ref] if ref in stages else opened[ref] for ref in refs}
-        plan = make_plan(recipe, sources)
-        check_companions(plan)
-        merged = Merged(plan, chunk_elements=chunk_elements)
+        merged = Merged(make_plan(recipe, sources), chunk_elements=chunk_elements)
         if recipe.name is not None:
             stages[recipe.name] = merged
     if merged is None:
         raise ParameterError("there is no recipe to run")
+    check_companions(merged.plan)
     return merged
 
 

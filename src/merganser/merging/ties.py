@@ -7,46 +7,10 @@ its embedding where its config.json ties them.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
-from torch import Tensor
-
-from merganser.checkpoints.folder import config_of
-from merganser.types import Source, TensorInfo
-
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|proj_out|generator_lm_head|output|head|decoder)\.weight$")
-_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|(tok|token)_embeddings?|shared|embeddings?)\.weight$"
-)
-
-
-class Tied:
-    """A Source with more aliases.
-
-    Args:
-        source: the model.
-        aliases: the further names: alias -> name that holds the data.
-
-    Attributes:
-        tokenizer_files: of the source, where it brings them.
-    """
-
-    def __init__(self, source: Source, aliases: Mapping[str, str]) -> None:
-        self.source, self.ref, self.identity = source, source.ref, source.identity
-        self.infos: Mapping[str, TensorInfo] = source.infos
-        self.aliases: Mapping[str, str] = dict(sorted({**source.aliases, **aliases}.items()))
-        if hasattr(source, "tokenizer_files"):
-            self.tokenizer_files = source.tokenizer_files
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """Read one tensor or rows of it."""
-        return self.source.read(name, rows)
-
-    def companions(self) -> Sequence[Path]:
-        """The files beside the source."""
-        return self.source.companions()
+from merganser.checkpoints.tied_head import Tied, table_of
+from merganser.types import Source
 
 
 def tied(sources: Mapping[str, Source]) -> dict[str, Source]:
@@ -60,10 +24,8 @@ def tied(sources: Mapping[str, Source]) -> dict[str, Source]:
                     if _lacks(source, missing) and (stored := _stored(source, there)) is not None:
                         more.setdefault(missing, stored)
             for name, info in other.infos.items():
-                if _lacks(source, name) and name not in more and _HEAD.search(name) and _ties(source):
-                    tables = [n for n, i in source.infos.items() if _EMBEDDING.search(n) and i.shape == info.shape]
-                    if len(tables) == 1:
-                        more[name] = tables[0]
+                if name not in more and (table := table_of(source, name, info.shape)) is not None:
+                    more[name] = table
         found[ref] = Tied(source, more) if more else source
     return found
 
@@ -74,9 +36,3 @@ def _lacks(source: Source, name: str) -> bool:
 
 def _stored(source: Source, name: str) -> str | None:
     return name if name in source.infos else source.aliases.get(name)
-
-
-def _ties(source: Source) -> bool:
-    """Whether the config ties the head to the embedding, which it does where it says nothing."""
-    config = config_of(source.companions())
-    return bool(config) and config.get("tie_word_embeddings", True) is True

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merganser.continual.roles import matches
+from merganser.checkpoints.tied_head import Tied
+from merganser.continual.roles import literal, matches
 from merganser.errors import DtypeError, MissingTensorError, ShapeError
 from merganser.merging.layers import place_of
-from merganser.merging.ties import Tied
 from merganser.numerics import TORCH_DTYPES, narrowed
 from merganser.types import FLOAT_DTYPES, Source, TensorInfo
 
@@ -108,7 +108,7 @@ def _refuse_doubtful(source: Source, names: Collection[str], rows: int, keep: Se
             raise ShapeError(
                 f"{name} of {source.ref} has shape {source.infos[name].shape}: {rows} is also the number of rows of "
                 f"{next(iter(names))}, and its name does not tell whether they are tokens",
-                f"keep: ['{name}'] leaves it as it is, if they are none",
+                f"keep: ['{literal(name)}'] leaves it as it is, if they are none",
             )
 
 

@@ -60,7 +60,8 @@ class Step:
         function: (merged, d) -> merged, for 2-D weights.
         vector: the same for everything else, element by element.
         source: paper.
-        scale: one factor on export from (norms of the changes, norm of the state), where the method has one.
+        scale: one factor on export from (norms of the changes whose weight is not 0, norm of the state), where the
+            method has one.
         vector_locality: "element" if the vector rule may be given any rows of a tensor, "tensor" if it needs all.
     """
 

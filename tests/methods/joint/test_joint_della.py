@@ -207,6 +207,8 @@ def test_della_does_not_depend_on_the_order_of_models(seed):
         ({"epsilon": float("nan")}, "epsilon is nan; it is a difference"),
         ({"density": 0.9, "epsilon": 0.4}, r"epsilon is 0.4 at density 0.9; density - epsilon/2 and density"),
         ({"density": 0.1, "epsilon": 0.2}, "epsilon is 0.2 at density 0.1"),
+        ({"density": 0.1, "epsilon": 0.3}, r"\(in mergekit's language epsilon is epsilon/2, here 0.15\)"),
+        ({"epsilon": 1.2}, r"epsilon is 1.2; .*, here 0.6\)"),
         ({"row": "second"}, "row is 'second'; it is 'first' or 'last'"),
         ({"rescale": "l2"}, "rescale is 'l2'; it is one of 'share', 'l1', 'none'"),
         ({"rescale": "l1"}, "norms of the changes were not measured"),

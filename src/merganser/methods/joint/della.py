@@ -168,15 +168,19 @@ def _chances(density: float | Sequence[float], epsilon: float | Sequence[float],
     chances = []
     for p, e in zip(shares_of("density", density, models), per_model(epsilon, models), strict=True):
         if not 0 <= e <= 1:
-            raise ParameterError(f"epsilon is {e}; it is a difference of chances, in [0, 1]")
+            raise ParameterError(f"epsilon is {e}; it is a difference of chances, in [0, 1]{_half(e)}")
         if p == 1:
             e = 0.0
         if not 0 < p - e / 2 <= p + e / 2 <= 1:
             raise ParameterError(
-                f"epsilon is {e} at density {p}; density - epsilon/2 and density + epsilon/2 are in (0, 1]"
+                f"epsilon is {e} at density {p}; density - epsilon/2 and density + epsilon/2 are in (0, 1]{_half(e)}"
             )
         chances.append((p - e / 2, p + e / 2))
     return chances
+
+
+def _half(epsilon: float) -> str:
+    return f" (in mergekit's language epsilon is epsilon/2, here {epsilon / 2:g})"
 
 
 def _thinned(

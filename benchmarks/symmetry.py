@@ -24,7 +24,7 @@ PAGE = """# Symmetries found by tracing
 at tiny size ([tests/symmetry](../../tests/symmetry)), one run each, random weights of seed 0.
 
 - **{traced} of {count} are traced, {unsound} groups are unsound**: random elements of all groups together leave the
-  float64 output as it is, to 1e-9 of its largest entry.
+  float64 output as it is, every entry to 1e-9 of what other weights change it by.
 - Coverage is the share of the parameters that some group moves: at least 95 % for {covered} of them. What cannot move
   is pinned by name: `merganser symmetry show MODEL --pinned`.
 - log10 |G|: how many orders there are of the same function, as a power of ten.

@@ -60,17 +60,39 @@ def test_a_merged_network_gets_the_mean_statistics_of_its_parents() -> None:
         torch.testing.assert_close(deviation, (targets[0][name][1] + targets[1][name][1]) / 2, rtol=1e-3, atol=1e-4)
 
 
-def test_a_network_repaired_by_itself_stays() -> None:
-    network, given = convolutions(0), batches()
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_network_repaired_by_itself_stays(count: int) -> None:
+    """To rounding; of several batches, which differ from one another, too."""
+    network, given = convolutions(0), batches(count)
+    given = [((x + 0.5 * k,), kwargs) for k, ((x,), kwargs) in enumerate(given)]
     same = copy.deepcopy(network).train()
-    repair(same, [layer_statistics(network, given)] * 2, given)
+    assert repair(same, [layer_statistics(network, given)] * 2, given) == 3
     assert same.training
     for name, x in network.state_dict().items():
-        torch.testing.assert_close(same.state_dict()[name], x, rtol=0.05, atol=0.02)  # batches differ from their mean
-    one = copy.deepcopy(network)
-    repair(one, [layer_statistics(network, given[:1])], given[:1])
-    for name, x in network.state_dict().items():
-        torch.testing.assert_close(one.state_dict()[name], x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(same.state_dict()[name], x, rtol=1e-4, atol=1e-5)
+
+
+def test_several_batches_give_the_moments_of_all_of_them_after_repair() -> None:
+    parents = [convolutions(0), convolutions(1)]
+    given = [((x[:20] * (1 + k) + 0.3 * k,), kwargs) for k, ((x,), kwargs) in enumerate(batches(4))]
+    targets = [layer_statistics(p, given) for p in parents]
+    merged = middle(*parents)
+    assert repair(merged, targets, given) == 3
+    for name, (mean, deviation) in layer_statistics(merged, given).items():
+        for found, i in ((mean, 0), (deviation, 1)):
+            expected = (targets[0][name][i] + targets[1][name][i]) / 2
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_batches_apart_are_repaired_as_the_same_in_one() -> None:
+    parents, given = [convolutions(0), convolutions(1)], batches(3)
+    whole: Batches = [((torch.cat([x for (x,), _ in given]),), {})]
+    targets = [layer_statistics(p, whole) for p in parents]
+    one, several = middle(*parents), middle(*parents)
+    repair(one, targets, whole)
+    repair(several, targets, iter(given))
+    for name, x in one.state_dict().items():
+        torch.testing.assert_close(several.state_dict()[name], x, rtol=2e-3, atol=2e-3)
 
 
 def test_a_unit_that_never_varies_and_a_layer_without_bias_are_left_finite() -> None:

@@ -124,6 +124,21 @@ def test_coordinate_ascent_after_it_never_loses(seed: int) -> None:
     assert found.objective >= likeness(PLAIN, networks, [PLAIN.identity()] * 5)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_mean_does_not_depend_on_the_order_of_networks(count: int) -> None:
+    networks, _ = family(HEADS, count, noise=1.0)
+    first = universe(HEADS, networks, starts=2, steps=5)
+    middle = mean_of(HEADS, networks, first.orders)
+    for places in ([1, 0, 2][:count], [count - 1, *range(count - 1)]):
+        turned = [networks[i] for i in places]
+        found = universe(HEADS, turned, starts=2, steps=5)
+        assert found.objective == pytest.approx(first.objective, rel=1e-12)
+        for place, orders in zip(places, found.orders, strict=True):
+            assert all(torch.equal(order, first.orders[place][group]) for group, order in orders.items())
+        for name, x in mean_of(HEADS, turned, found.orders).items():
+            torch.testing.assert_close(x, middle[name], rtol=1e-12, atol=1e-12)
+
+
 def test_one_network_has_no_common_order() -> None:
     networks, _ = family(PLAIN, 1, noise=0.0)
     with pytest.raises(ParameterError, match="1 network"):

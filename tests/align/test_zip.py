@@ -21,10 +21,13 @@ def draw(total: int, seed: int) -> Tensor:
     return torch.corrcoef(x)
 
 
-def plain(similarity: Tensor, networks: int, repeat: float, within: float) -> list[set[int]]:
+def plain(
+    similarity: Tensor, networks: int, repeat: float, within: float, *, published: bool = False
+) -> list[set[int]]:
     """As the words say it: look at all pairs, join the best, again.
 
-    Where joins within networks are limited, n clusters of units of several networks are begun and no more.
+    Where joins within networks are limited, n clusters of units of several networks are begun and no more. `published`:
+    every join is discounted, and a cluster is its first unit's network's.
     """
     total = len(similarity)
     n = total // networks
@@ -34,11 +37,14 @@ def plain(similarity: Tensor, networks: int, repeat: float, within: float) -> li
 
     def close(k: int) -> None:
         for i, j in itertools.combinations(clusters, 2):
-            if i // n == j // n == k:
+            if k in common(i, j):
                 s[frozenset((i, j))] = -inf
 
     def of(i: int) -> set[int]:
         return {unit // n for unit in clusters[i]}
+
+    def common(i: int, j: int) -> set[int]:
+        return {i // n} & {j // n} if published else of(i) & of(j)
 
     def likeness(pair: tuple[int, int]) -> float:
         begins = len(of(pair[0])) == len(of(pair[1])) == 1 and of(pair[0]) != of(pair[1])
@@ -51,15 +57,17 @@ def plain(similarity: Tensor, networks: int, repeat: float, within: float) -> li
         full = within < 1 and sum(len(of(i)) > 1 for i in clusters) == n
         i, j = max(itertools.combinations(sorted(clusters), 2), key=likeness)
         assert s[frozenset((i, j))] > -inf
+        charged = common(i, j)
         clusters[i] |= clusters.pop(j)
         for k in clusters:
             if k != i:
                 least = min(s[frozenset((i, k))], s[frozenset((j, k))])
-                s[frozenset((i, k))] = repeat * (1 + least) - 1
-        if i // n == j // n:
-            budget[i // n] -= 1
-            if not budget[i // n]:
-                close(i // n)
+                repeats = published or len(clusters[i] | clusters[k]) > len(of(i) | of(k))
+                s[frozenset((i, k))] = repeat * (1 + least) - 1 if repeats else least
+        for k in charged:
+            budget[k] -= 1
+            if not budget[k]:
+                close(k)
     return [clusters[i] for i in sorted(clusters)]
 
 
@@ -81,11 +89,36 @@ def test_the_fast_way_joins_what_the_plain_way_joins(
     assert found == expected
 
 
-@pytest.mark.parametrize("networks", [2, 3])
-def test_equal_networks_are_zipped_unit_by_unit(networks: int) -> None:
+@settings(deadline=None, max_examples=50)
+@given(st.integers(7, 9), st.floats(0.05, 0.5), st.integers(0, 1000))
+def test_two_networks_are_zipped_as_published_where_no_budget_is_spent(size: int, repeat: float, seed: int) -> None:
+    similarity = draw(2 * size, seed)
+    for within in (0.0, 1.0):
+        labels = zip_units(similarity, 2, repeat=repeat, within=within)
+        found = [set(torch.nonzero(labels == c).flatten().tolist()) for c in range(size)]
+        assert found == plain(similarity, 2, repeat, within, published=True)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 4), st.integers(1, 7), st.floats(0.05, 1), st.floats(0, 1), st.integers(0, 1000))
+def test_clusters_do_not_depend_on_the_order_of_networks(
+    n: int, size: int, repeat: float, within: float, seed: int
+) -> None:
+    similarity = draw(n * size, seed) if n * size > 1 else torch.ones(1, 1)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    units = torch.arange(n * size).reshape(n, size)[order].flatten()
+    one = zip_units(similarity, n, repeat=repeat, within=within)[units]
+    two = zip_units(similarity[units][:, units], n, repeat=repeat, within=within)
+    assert torch.equal(one[:, None] == one, two[:, None] == two)
+
+
+@pytest.mark.parametrize("repeat", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("networks", [2, 3, 4, 5])
+def test_equal_networks_are_zipped_unit_by_unit(networks: int, repeat: float) -> None:
     x = torch.randn(7, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     orders = [torch.randperm(7, generator=torch.Generator().manual_seed(i)) for i in range(networks)]
-    labels = zip_units(torch.corrcoef(torch.cat([x[o] for o in orders])), networks, repeat=1.0).reshape(networks, 7)
+    labels = zip_units(torch.corrcoef(torch.cat([x[o] for o in orders])), networks, repeat=repeat)
+    labels = labels.reshape(networks, 7)
     for mine, order in zip(labels, orders, strict=True):
         assert torch.equal(mine[order.argsort()], labels[0][orders[0].argsort()])
 

@@ -24,12 +24,12 @@ def run(network: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("make", [mlp, attention])
 def test_a_network_zipped_with_a_permuted_copy_is_the_network(make) -> None:
     pair = Pair(make)
+    orders = [pair.spec.identity(), pair.spec.inverse(pair.moved)]
     clusters = {
         group: zip_units(similarity, 2).reshape(2, -1)
-        for group, similarity in unit_correlations(pair.found, [pair.one, pair.two], pair.batches).items()
+        for group, similarity in unit_correlations(pair.found, [pair.one, pair.two], pair.batches, orders).items()
     }
     assert clusters
-    orders = [pair.spec.identity(), pair.spec.inverse(pair.moved)]
     one = zipped(pair.spec, [pair.a, pair.b], orders, clusters)
     ((x,), _) = pair.batches[0]
     with torch.no_grad():
@@ -91,12 +91,13 @@ def normed() -> tuple[nn.Module, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("make", [mlp, normed, attention])
-@pytest.mark.parametrize("count", [2, 3])
-def test_copies_in_other_orders_are_zipped_into_the_network_itself(make, count: int) -> None:
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("repeat", [0.5, 1.0])
+def test_copies_in_other_orders_are_zipped_into_the_network_itself(make, count: int, repeat: float) -> None:
     pair = Pair(make)
     reset_batch_norm(pair.one, pair.batches)
     reset_batch_norm(pair.two, pair.batches)
-    one = zip_networks(pair.found, [pair.one, pair.two, pair.one][:count], pair.batches, repeat=1.0)
+    one = zip_networks(pair.found, ([pair.one, pair.two] * 2)[:count], pair.batches, repeat=repeat)
     ((x,), _) = pair.batches[0]
     with torch.no_grad():
         assert torch.allclose(one(x), pair.one(x), atol=1e-4)

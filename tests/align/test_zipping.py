@@ -107,7 +107,7 @@ def test_no_share_of_the_weights_is_what_activations_alone_say() -> None:
     found = symmetries(networks[0], *batches[0])
     orders = [found.spec.identity()] * 2
     clusters = joined_units(found, networks, orders, batches, Zip(balance=0))
-    for group, similarity in unit_correlations(found, networks, batches).items():
+    for group, similarity in unit_correlations(found, networks, batches, orders).items():
         assert torch.equal(clusters[group], zip_units(similarity, 2).reshape(2, -1))
 
 
@@ -116,7 +116,7 @@ def test_a_fixed_point_of_sweeps_is_one() -> None:
     found = symmetries(networks[0], *batches[0])
     orders, how = [found.spec.identity()] * 2, Zip(balance=0.7, sweeps=50)
     clusters = joined_units(found, networks, orders, batches, how)
-    shown = unit_correlations(found, networks, batches)
+    shown = unit_correlations(found, networks, batches, orders)
     for group, mine in clusters.items():
         weights = weight_correlations(found.spec, group, [tensors(n) for n in networks], orders, clusters)
         again = zip_units(0.7 * weights + 0.3 * shown[group], 2).reshape(2, -1)

@@ -100,8 +100,8 @@ def layers_of(
         spec: its symmetries.
         args: positional inputs; one example gives the FLOPs of one.
         kwargs: named inputs.
-        taps: of its symmetries, traced on inputs of these shapes: they tell which products of activations grow with
-            which group. Without them such products count as they are.
+        taps: factors of its symmetries, traced on inputs of these shapes: they tell which products of activations grow
+            with which group. Without them such products count as they are.
     """
     record = record_run(network, args, kwargs)
     run = _Run(record, network)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from merganser.align.activations import ActivationCosts
 from merganser.align.costs import Costs, WeightCosts
 from merganser.symmetry import Orders, Spec
 from merganser.symmetry.spec import groups_in
@@ -44,6 +45,9 @@ def match(
 ) -> Matched:
     """Coordinate ascent: the best order of one group after another, the others as they are, until nothing changes.
 
+    Groups that activations do not show join in when the others have settled: their weights are compared by what they
+    share with those.
+
     Args:
         spec: symmetries.
         costs: similarities.
@@ -55,7 +59,8 @@ def match(
     orders = dict(spec.identity() if start is None else start)
     top = [name for name, group in spec.groups.items() if group.within is None]
     touched = _neighbours(spec, costs)
-    waiting = set(top)  # groups whose similarities may have changed since they were last looked at
+    late = _late(spec, costs, top)
+    waiting = set(top) - late  # groups whose similarities may have changed since they were last looked at
     generator = torch.Generator().manual_seed(seed)
     for sweep in range(1, sweeps + 1):
         for done, place in enumerate(torch.randperm(len(top), generator=generator).tolist(), 1):
@@ -63,12 +68,20 @@ def match(
             if group in waiting:
                 waiting.discard(group)
                 if _improve(spec, costs, orders, group):
-                    waiting |= touched[group]
+                    waiting |= touched[group] - late
             if progress is not None:
                 progress(done, len(top))
-        if not waiting:
+        if not waiting and late:
+            waiting, late = late, set()
+        elif not waiting:
             return Matched(orders, sweep, settled=True)
     return Matched(orders, sweeps, settled=False)
+
+
+def _late(spec: Spec, costs: Costs, top: list[str]) -> set[str]:
+    """Groups that lie within none, and are compared by weights for want of activations, or hold one that is."""
+    hidden = set(costs.hidden()) if isinstance(costs, ActivationCosts) else set()
+    return {group for group in top if hidden & {group, *spec.inner(group)}}
 
 
 def _neighbours(spec: Spec, costs: Costs) -> dict[str, set[str]]:

@@ -188,7 +188,7 @@ class Pair:
     def layers(self) -> list[Layer]:
         """What one batch multiplies, and all parameters."""
         args, kwargs = self._example
-        return layers_of(self.one, self.found.spec, args, kwargs, taps=self.found.taps)
+        return layers_of(self.one, self.found.spec, args, kwargs, taps=self.found.factors)
 
     @cached_property
     def cost(self) -> Quadratic:

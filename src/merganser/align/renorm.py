@@ -13,7 +13,7 @@ Source: Jordan et al. 2022, arXiv:2211.08403, sections 3 and 4.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -115,6 +115,8 @@ Statistics = Mapping[str, tuple[Tensor, Tensor]]
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Values of a unit that a batch must have to be brought to a mean and a deviation.
 LEAST_ROWS = 8
+#: Moves of a layer's outputs, over the wanted deviations, below which `repair` takes them for settled.
+SETTLED = 1e-3
 
 
 def layer_statistics(network: nn.Module, batches: Iterable[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -134,19 +136,25 @@ def layer_statistics(network: nn.Module, batches: Iterable[Batch]) -> dict[str, 
         ParameterError: If there is no batch.
         NonFiniteError: If a layer gives NaN or infinity.
     """
-    return _measured(network, batches, {})
+    return _measured(network, batches, _plain)
 
 
 def repair(network: nn.Module, parents: Sequence[Statistics], batches: Iterable[Batch]) -> int:
-    """Give the layers of a merged network the means and deviations of their parents, in one pass over the batches.
+    """Give the layers of a merged network the means and deviations of their parents.
 
-    What a layer takes in is already repaired: while it is measured, every batch is brought to its target on the fly.
+    What a layer takes in while it is measured is already repaired. Of one batch that is done in one pass: what a layer
+    gives is brought to its target before the next takes it in. Of several, each would be brought there by its own
+    moments, which scatter around those of all. So the network is first measured as it is, and stays if the moments are
+    those wanted, as those of copies are; else one such pass sets factors, and further ones measure under the last
+    factors of all layers before, until these settle. Each makes one more layer exact, so at most as many are needed as
+    there are layers, and it is not far fewer where batches are small.
 
     Args:
         network: merged; changed in place.
         parents: `layer_statistics` of each, in the order of units of the merged network. Layers that a parent lacks
             are left alone; the last layer may be among these.
-        batches: inputs, the same as the parents', each with some values of every unit; the more, the better.
+        batches: inputs, the same as the parents', each with some values of every unit; the more, the better. Held in
+            memory where they are an iterator.
 
     Returns:
         How many layers were repaired.
@@ -165,16 +173,57 @@ def repair(network: nn.Module, parents: Sequence[Statistics], batches: Iterable[
         if means.shape != (units,):
             raise ShapeError(f"{name} has {units} units, and the statistics {tuple(means.shape)}")
         targets[name] = means, deviations
-    seen = _measured(network, batches, targets)
+    factors = _settled(network, list(batches), targets)
     with torch.no_grad():
-        for name in targets.keys() & seen.keys():
+        for name, (mean, factor, target) in factors.items():
             weight, bias = layers[name].get_parameter("weight"), layers[name].bias
-            (mean, deviation), (target, wanted) = seen[name], targets[name]
-            factor = _factor(mean, deviation, wanted)
             weight.mul_(factor.reshape(-1, *[1] * (weight.ndim - 1)).to(weight))
             if isinstance(bias, Tensor):
                 bias.copy_(((bias.double() - mean) * factor + target).to(bias))
-    return len(targets.keys() & seen.keys())
+    return len(factors)
+
+
+#: Of every unit of a layer a mean, a factor and a target, each of shape (units,): y -> (y - mean) factor + target.
+Affine = tuple[Tensor, Tensor, Tensor]
+
+
+def _settled(network: nn.Module, batches: Sequence[Batch], targets: Statistics) -> dict[str, Affine]:
+    """What brings the outputs of each layer to its target where it does so in all layers before."""
+
+    def step(known: Mapping[str, Affine] | None) -> dict[str, Affine]:
+        """Measured under known factors, or, where there are none, with every batch brought to its own target."""
+
+        def change(name: str, rows: Tensor) -> Affine | None:
+            if name not in targets:
+                return None
+            if rows.shape[1] < LEAST_ROWS:
+                raise ParameterError(
+                    f"a batch gives {rows.shape[1]} values of a unit of {name}; to repair by, it takes {LEAST_ROWS}",
+                    "give larger batches",
+                )
+            if known is not None:
+                return known.get(name)
+            return _affine(rows.mean(1), rows.std(1, correction=0), *targets[name])
+
+        seen = _measured(network, batches, change)
+        moments.update(seen)
+        return {name: _affine(*seen[name], *targets[name]) for name in targets if name in seen}
+
+    def far(one: Mapping[str, Affine], two: Mapping[str, Affine]) -> float:
+        return max((_moved(moments[n], one[n], two[n], targets[n][1]) for n in one), default=0.0)
+
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    if len(batches) == 1:
+        return step(None)
+    found = step({})
+    if far(found, {n: (mean, torch.ones_like(mean), mean) for n, (mean, *_) in found.items()}) <= SETTLED:
+        return found
+    found = step(None)
+    for _ in range(len(found)):
+        last, found = found, step(found)
+        if far(found, last) <= SETTLED:
+            break
+    return found
 
 
 def _repairable(network: nn.Module) -> dict[str, nn.Module]:
@@ -189,8 +238,15 @@ def _repairable(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _measured(network: nn.Module, batches: Iterable[Batch], targets: Statistics) -> dict[str, tuple[Tensor, Tensor]]:
-    """Moments of layers before they are brought to their targets, where they have some."""
+def _plain(_name: str, _rows: Tensor) -> Affine | None:
+    """Outputs stay."""
+    return None
+
+
+def _measured(
+    network: nn.Module, batches: Iterable[Batch], change: Callable[[str, Tensor], Affine | None]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Moments of layers before what they give, shape (units, values), is changed."""
     sums: dict[str, list[Any]] = {}  # sums, sums of squares, values, runs
 
     def watched(name: str, layer: nn.Module) -> Any:
@@ -199,16 +255,10 @@ def _measured(network: nn.Module, batches: Iterable[Batch], targets: Statistics)
             rows = y.double().movedim(axis, 0).reshape(y.shape[axis], -1)
             new = [rows.sum(1), rows.square().sum(1), rows.shape[1], 1]
             sums[name] = [x + z for x, z in zip(sums[name], new, strict=True)] if name in sums else new
-            if name not in targets:
+            changed = change(name, rows)
+            if changed is None:
                 return None
-            if rows.shape[1] < LEAST_ROWS:
-                raise ParameterError(
-                    f"a batch gives {rows.shape[1]} values of a unit of {name}; to repair by, it takes {LEAST_ROWS}",
-                    "give larger batches",
-                )
-            target, wanted = targets[name]
-            mean = rows.mean(1)
-            factor = _factor(mean, rows.std(1, correction=0), wanted)
+            mean, factor, target = changed
             shift = target - mean * factor if layer.bias is not None else torch.zeros_like(target)
             shape = [1] * y.ndim
             shape[axis] = -1
@@ -238,7 +288,17 @@ def _measured(network: nn.Module, batches: Iterable[Batch], targets: Statistics)
     }
 
 
-def _factor(mean: Tensor, deviation: Tensor, wanted: Tensor) -> Tensor:
-    """What makes a deviation the wanted one; a unit that never varies, but for rounding, stays as it is."""
+def _affine(mean: Tensor, deviation: Tensor, target: Tensor, wanted: Tensor) -> Affine:
+    """What makes a mean and a deviation the wanted ones; a unit that never varies, but for rounding, has factor 1."""
     live = deviation > 1e-6 * (mean.square() + deviation.square()).sqrt()
-    return torch.where(live, wanted / deviation.clamp(min=torch.finfo(deviation.dtype).tiny), 1.0)
+    factor = torch.where(live, wanted / deviation.clamp(min=torch.finfo(deviation.dtype).tiny), 1.0)
+    return mean, factor, target
+
+
+def _moved(moments: tuple[Tensor, Tensor], one: Affine, two: Affine, wanted: Tensor) -> float:
+    """How far apart two changes bring a layer's mean and deviation, over the deviation that is wanted of its units."""
+    mean, deviation = moments
+    means = [(mean - m) * factor + target for m, factor, target in (one, two)]
+    apart = torch.stack([means[0] - means[1], deviation * (one[1] - two[1])]).norm()
+    least = 1e-3 * means[0].norm() + torch.finfo(wanted.dtype).tiny  # of units that never vary
+    return float(apart / wanted.norm().clamp(min=least))

@@ -22,7 +22,17 @@ from merganser.align.layout import Side, Split, Splits, coefficients, layout, ta
 from merganser.align.wider import plan, rewidened
 from merganser.errors import MerganserError, ParameterError, ShapeError
 from merganser.symmetry import Spec, Symmetries
-from merganser.symmetry.checking import TOLERANCE, InDouble, change_of, doubled, stirred
+from merganser.symmetry.checking import (
+    DRAWS,
+    TOLERANCE,
+    differences,
+    doubled,
+    in_double,
+    largest_change,
+    scales_of,
+    stirred,
+    whole,
+)
 from merganser.symmetry.record import Output, copied, tensors_of
 
 
@@ -108,23 +118,42 @@ class _Trial:
         output: Output | None,
         seed: int,
     ) -> None:
-        self.spec, self.output = spec, output
+        self.spec, self.output, self.seed = spec, output, seed
         try:
+            self.given = network.state_dict()
             self.network = copy.deepcopy(network).double().eval()
         except (RuntimeError, TypeError) as error:
             raise ParameterError(f"the network cannot be copied: {error}") from error
         self.args, self.kwargs = (tree_map_only(Tensor, doubled, x) for x in (tuple(args), dict(kwargs or {})))
+        self.drawn = seed - 1
+        self._draw(seed)
+        self.draws = DRAWS if whole(self.differences) else 1
+
+    def _draw(self, seed: int) -> None:
+        """Take other noise, and run the network with it; the network is left with it."""
+        if seed == self.drawn:
+            return
         generator = torch.Generator().manual_seed(seed)
-        known: dict[int, Tensor] = {}
+        self.tensors = self._stirred(generator)
+        wild = {id(x): _anything(x, generator) for x in {id(x): x for x in self.tensors.values()}.values()}
+        self.wild = {name: wild[id(x)] for name, x in self.tensors.items()}
+        others = self._run_with(self._stirred(generator))
+        self.reference = self._run_with(self.tensors)
+        self.differences = differences(self.reference, others)
+        self.scales, self.drawn = scales_of(self.reference, others), seed
+
+    def _stirred(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """All tensors with noise; tied ones stay one tensor."""
         own = self.network.state_dict(keep_vars=True)
-        for x in own.values():
+        known: dict[int, Tensor] = {}
+        for name, x in own.items():
             if id(x) not in known:
-                known[id(x)] = stirred(x.detach(), generator)
-        wild = {number: _anything(x, generator) for number, x in known.items()}
-        self.tensors = {name: known[id(x)] for name, x in own.items()}
-        self.wild = {name: wild[id(x)] for name, x in own.items()}
-        self.network.load_state_dict(self.tensors)
-        self.reference = self._run(self.network)
+                known[id(x)] = stirred(doubled(self.given[name].detach()), generator)
+        return {name: known[id(x)] for name, x in own.items()}
+
+    def _run_with(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        self.network.load_state_dict(tensors)
+        return self._run(self.network)
 
     def sift(self, splits: Splits) -> dict[str, str | None]:
         """Why each group cannot be split; where all can be together, none is tried alone."""
@@ -145,11 +174,13 @@ class _Trial:
         """Why a network with these splits would not hold two networks, or None where it does."""
         try:
             wide = rewidened(self.network, plan(self.network, self.spec, splits))
-            for state in (self._one, self._other, self._twin):
-                results = self._run(self._filled(wide, state, splits))
-                change = _largest(self.reference, results)
-                if change > TOLERANCE:
-                    return self._words(change, splits)
+            for draw in range(self.draws):
+                self._draw(self.seed + draw)
+                for state in (self._one, self._other, self._twin):
+                    results = self._run(self._filled(wide, state, splits))
+                    change = largest_change(self.reference, results, self.scales)
+                    if change > TOLERANCE:
+                        return self._words(change, splits)
         except MerganserError as error:
             return error.message
         except Exception as error:  # whatever the code of a network does
@@ -164,7 +195,7 @@ class _Trial:
             if self.spec.axes[name][axis] == group and self._normalises(name)
         ]
         if change == inf:
-            return "the output is of another shape, or not finite, where its units were split"
+            return "the output is of another shape, not finite, or of other whole numbers where its units were split"
         why = f": {together[0]} normalises its units together" if together else ""
         return f"the output changed by {change:.0e} where its units were split{why}"
 
@@ -204,21 +235,10 @@ class _Trial:
         return torch.where(mine > 0, taken(x, laid, other), rest)
 
     def _run(self, network: nn.Module) -> list[Tensor]:
-        usual, wide = torch.get_default_dtype(), InDouble()  # type: ignore[no-untyped-call]
-        torch.set_default_dtype(torch.float64)
-        try:
-            with torch.no_grad(), wide, torch.random.fork_rng([]):
-                torch.manual_seed(0)
-                result = copied(network)(*self.args, **self.kwargs)  # a run may keep things
-        finally:
-            torch.set_default_dtype(usual)
+        network = copied(network)  # a run may keep things
+        with in_double():
+            result = network(*self.args, **self.kwargs)
         return tensors_of(result, self.output)
-
-
-def _largest(one: Sequence[Tensor], two: Sequence[Tensor]) -> float:
-    if len(one) != len(two):
-        return inf
-    return max(change_of(x, y) for x, y in zip(one, two, strict=True))
 
 
 def _anything(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -137,6 +137,9 @@ def refit_in_sequence(
             hook = merged.get_submodule(layer).register_forward_pre_hook(partial(work.reached, layer), with_kwargs=True)
             stack.callback(hook.remove)
         merged(*whole[0], **whole[1])
+    work.done.kept.update(
+        {name: "the merged network did not run it" for name in work.fits if name not in work.done.residuals}
+    )
     return work.done
 
 
@@ -157,6 +160,8 @@ def apart_alike(network: nn.Module, batch: Batch, layers: Sequence[str]) -> bool
             given.append({})
             network(*args, **kwargs)
     both, *alone = given
+    if any(name not in found for name in layers for found in given):
+        return False  # it takes another way through two examples than through one
     for name, y in both.items():
         apart = torch.cat([found[name] for found in alone])
         if y.shape != apart.shape or float((y - apart).abs().max()) > ROUNDING * float(y.abs().max()):
@@ -240,6 +245,12 @@ class _Work:
             for batch in self.batches:
                 parent(*batch[0], **batch[1])
                 start += examples(batch)
+        if lost := [name for name, parts in found.items() if len(parts) != len(self.batches)]:
+            raise ParameterError(
+                f"the layers that run differ between batches: {lost[0]}{and_more(lost)} did not run in each of them, "
+                "or not in all examples together",
+                "give inputs that take the same way through the networks, or refit nothing",
+            )
         given = {name: torch.cat(parts) for name, parts in found.items()}
         for name, y in given.items():
             if len(y) != len(self.drawn[name]):

@@ -13,8 +13,9 @@ not improved by coordinate ascent.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from merganser.align.costs import is_statistic
 from merganser.align.many import Tensors, merge_many
 from merganser.align.match import assign
 from merganser.errors import ParameterError
+from merganser.numerics import raw_bytes
 from merganser.symmetry import Orders, Spec
 from merganser.symmetry.spec import Part, groups_in
 
@@ -65,6 +67,9 @@ def universe(
     Groups that hold others, such as attention heads, and those within them keep the order of `start` while Frank-Wolfe
     runs; coordinate ascent moves them too.
 
+    Networks are taken by what their tensors hold, so that their mean does not depend on the order in which they are
+    given, but for rounding and for which of several equal units comes first.
+
     Args:
         spec: symmetries of all.
         networks: tensors by name, in memory.
@@ -87,6 +92,8 @@ def universe(
         spec.check({n: x.shape for n, x in network.items() if n in spec.axes}, ref=f"network {i}")
     free = [n for n, g in spec.groups.items() if g.within is None and not g.fixed and not spec.inner(n)]
     begun = [dict(o) for o in start] if start is not None else [spec.identity() for _ in networks]
+    taken = sorted(range(len(networks)), key=lambda i: _digest(spec, networks[i]))
+    networks, begun = [networks[i] for i in taken], [begun[i] for i in taken]
     generator = torch.Generator().manual_seed(seed)
     found: Universe | None = None
     for attempt in range(starts):
@@ -107,7 +114,16 @@ def universe(
         if progress is not None:
             progress(attempt + 1, starts)
     assert found is not None
-    return found
+    return replace(found, orders=[found.orders[taken.index(i)] for i in range(len(networks))])
+
+
+def _digest(spec: Spec, network: Tensors) -> bytes:
+    """Of all tensors that units lie along."""
+    digest = hashlib.sha256()
+    for name in sorted(spec.axes.keys() & network.keys()):
+        digest.update(name.encode())
+        digest.update(raw_bytes(network[name].detach().cpu()))
+    return digest.digest()
 
 
 def _ascend(problem: _Problem, steps: int) -> tuple[list[dict[str, Tensor]], int]:

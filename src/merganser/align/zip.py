@@ -1,20 +1,27 @@
 """Which units of several networks become one unit: greedy agglomeration within and across networks.
 
     S: similarity of all N n units of N networks;  until n clusters are left:
-        join the most alike pair i < j;   S_i <- discount(min(S_i, S_j))
+        join the most alike pair i < j;   for all others k
+            S_ik <- min(S_ik, S_jk)             where i, j and k together hold one unit of a network at most,
+            S_ik <- discount(min(S_ik, S_jk))   elsewhere
 
 Complete linkage: a cluster is as like another as its least like members are. A discount below 1 makes second and third
 joins less attractive than first ones; it acts on 1 + S, so that unlike pairs do not gain by it.
 
     discount(s) = repeat (1 + s) - 1
 
-Each network may spend at most `within` of its share of joins, (N n - n) / N, on pairs of its own units; with none,
-every cluster takes one unit of each network. From three networks on, greedy joins under such a limit could end with
-more than n clusters of which no two may join. So where n clusters hold units of several networks, no further one is
-begun: then every other cluster fits one of them, since n of them and itself would hold n + 1 units of its network.
+The first unit of a third network is no repeat: without that exception, units of three equal networks would be left
+over in pairs of two. Of two networks, three units are always two of one, and every join is discounted.
+
+A join is within a network if either side holds units of it. Each network may spend at most `within` of its share of
+joins, (N n - n) / N, on these; with none, every cluster takes one unit of each network. From three networks on, greedy
+joins under such a limit could end with more than n clusters of which no two may join. So where n clusters hold units of
+several networks, no further one is begun: then every other cluster fits one of them, since n of them and itself would
+hold n + 1 units of its network. Which network comes first decides between equally good pairs, and nothing else.
 
 Source: Stoica et al. 2023, arXiv:2305.03053, algorithm 2 (ZipIt). There the discount multiplies s itself, which raises
-negative similarities, and the budget is looked at only after the first join within a network.
+negative similarities, and acts on every join; the budget is looked at only after the first join within a network; and a
+cluster of several networks counts as the one's that its first unit is of.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ def zip_units(similarity: Tensor, networks: int, *, repeat: float = 0.5, within:
     Args:
         similarity: symmetric, of all units of all networks in turn, shape (networks * n, networks * n), in [-1, 1].
         networks: how many.
-        repeat: discount of clusters, in (0, 1]; 1 is plain complete linkage, near 0 every cluster is a pair first.
+        repeat: discount of second joins, in (0, 1]; 1 is plain complete linkage, near 0 every cluster is a pair first.
         within: share of a network's joins that may be between its own units, in [0, 1].
 
     Returns:
@@ -52,11 +59,11 @@ def zip_units(similarity: Tensor, networks: int, *, repeat: float = 0.5, within:
     n = total // networks
     s = similarity.double().cpu().numpy().copy()
     np.fill_diagonal(s, -np.inf)
-    owner = np.repeat(np.arange(networks), n)
+    held = np.repeat(np.eye(networks, dtype=np.int64), n, axis=0)  # units of every network in every cluster
     budget = np.full(networks, int((total - n) // networks * within))
     for k in np.flatnonzero(budget == 0):
-        _forbid(s, owner == k)
-    mixed = _Mixed(owner, n if within < 1 else total)
+        _forbid(s, held[:, k] > 0)
+    mixed = _Mixed(np.repeat(np.arange(networks), n), n if within < 1 else total)
     cluster = np.arange(total)  # union-find, flat: the first unit of every unit's cluster
     best = s.argmax(1)
     values = s[np.arange(total), best]
@@ -65,15 +72,19 @@ def zip_units(similarity: Tensor, networks: int, *, repeat: float = 0.5, within:
         assert values[i] > -np.inf, "no pair is left to join"
         i, j = sorted((i, int(best[i])))
         cluster[cluster == j] = i
-        joined = repeat * (1 + np.minimum(s[i], s[j])) - 1
+        within_both = np.flatnonzero((held[i] > 0) & (held[j] > 0))
+        held[i] += held[j]
+        held[j] = 0
+        least = np.minimum(s[i], s[j])
+        joined = np.where((held + held[i] > 1).any(1), repeat * (1 + least) - 1, least)
         joined[np.isneginf(s[i]) | np.isneginf(s[j])] = -np.inf
         s[i], s[:, i] = joined, joined
         s[j], s[:, j] = -np.inf, -np.inf
         stale = (best == i) | (best == j)
-        if owner[i] == owner[j]:
-            budget[owner[i]] -= 1
-            if budget[owner[i]] == 0:
-                mine = owner == owner[i]
+        for k in within_both:
+            budget[k] -= 1
+            if budget[k] == 0:
+                mine = held[:, k] > 0
                 _forbid(s, mine)
                 stale |= mine
         stale |= mixed.note(i, j)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from merganser.align.activations import Batch, activation_costs, unit_correlations
+from merganser.align.activations import Batch, activation_costs, crossing, unit_correlations
 from merganser.align.costs import Moments, grown, is_statistic, unfold
 from merganser.align.match import match
 from merganser.align.renorm import Statistics, layer_statistics, repair, reset_batch_norm
@@ -88,9 +88,7 @@ def zip_networks(
     """
     how = Zip(repeat, within, balance, seed=seed)
     states = _states(networks)
-    orders: list[dict[str, Tensor]] = [found.spec.identity()]
-    for other in networks[1:]:
-        orders.append(match(found.spec, activation_costs(found, networks[0], other, batches), seed=seed).orders)
+    orders = _orders(found, networks, batches, seed)
     clusters = joined_units(found, networks, orders, batches, how)
     merged = _network(networks[0], zipped(found.spec, states, orders, clusters), batches)
     if repairs and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in merged.modules()):
@@ -147,7 +145,8 @@ def zip_partly(
     states, spec = _states(networks), found.spec
     groups = by_depth(spec)
     shared = closed(spec, groups[: round(share * len(groups))])
-    orders = [spec.identity()] * len(networks)
+    # only where groups are compared across one another
+    orders = _orders(found, networks, batches, seed) if crossing(found) else [spec.identity()] * len(networks)
     every = joined_units(found, networks, orders, batches, how, only=shared)
     tensors = zipped_apart(spec, states, {g: every[g] for g in closed(spec, [g for g in shared if g in every])})
     return [_network(own, state, batches) for own, state in zip(networks, tensors, strict=True)]
@@ -177,13 +176,13 @@ def joined_units(
     Args:
         found: symmetries of all.
         networks: to compare.
-        orders: of groups that are not zipped.
+        orders: of groups that are not zipped; and of those that others are compared across.
         batches: inputs.
         how: they are joined.
         only: groups to join; by default all.
     """
     count, states = len(networks), _states(networks)
-    shown = {g: s for g, s in unit_correlations(found, networks, batches).items() if only is None or g in only}
+    shown = {g: s for g, s in unit_correlations(found, networks, batches, orders).items() if only is None or g in only}
 
     def joined(similarity: Tensor) -> Tensor:
         return zip_units(similarity, count, repeat=how.repeat, within=how.within).reshape(count, -1)
@@ -233,6 +232,16 @@ def weight_correlations(
         moments = grown(moments, torch.cat(rows), torch.cat(rows))
     assert moments is not None
     return moments.pearson()
+
+
+def _orders(
+    found: Symmetries, networks: Sequence[nn.Module], batches: Sequence[Batch], seed: int
+) -> list[dict[str, Tensor]]:
+    """The order of every network that is nearest to the first one's by activations."""
+    orders = [found.spec.identity()]
+    for other in networks[1:]:
+        orders.append(match(found.spec, activation_costs(found, networks[0], other, batches), seed=seed).orders)
+    return orders
 
 
 def _likeness(similarity: Tensor, clusters: Tensor) -> float:

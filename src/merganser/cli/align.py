@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merganser.cli.given import refuse_unused
 from merganser.cli.network import check_out
 from merganser.cli.show import console, counted, progress_bar
 from merganser.cli.symmetry import Input, found_in, shape_of
@@ -24,6 +25,7 @@ class Alike(str, Enum):
 
 
 def align(
+    ctx: typer.Context,
     stays: Annotated[str, typer.Argument(metavar="STAYS", help="The checkpoint whose order counts.")],
     moves: Annotated[str, typer.Argument(metavar="MOVES", help="The one that is brought into that order.")],
     out: Annotated[
@@ -69,6 +71,7 @@ def align(
     from merganser.checkpoints import open_source
     from merganser.checkpoints.copying import write_source
     from merganser.checkpoints.views import renamed
+    from merganser.cli.batches import check_batches
     from merganser.cli.stored import shown_as, stored_names
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.errors import ParameterError, RefError
@@ -77,6 +80,13 @@ def align(
     if symmetry is not None and (model is not None or batches is not None):
         what = "--model" if model is not None else "--batches"
         raise ParameterError(f"{what} needs a network to run, and --symmetry brings none", "leave --symmetry out")
+    if symmetry is not None:
+        refuse_unused(ctx, ("shape",), "is for a network to run, and --symmetry brings none", "leave one of both out")
+    if batches is None:
+        refuse_unused(ctx, ("balance",), "weighs weights against what units do", "give --batches FILE:NAME, too")
+    else:
+        refuse_unused(ctx, ("shape",), "has no use with --batches, which are of some shape", "leave it out")
+        refuse_unused(ctx, ("similarity",), "is for weights alone; with --batches it is pearson", "leave it out")
     check_out(out, [stays, moves], model, overwrite=overwrite)
     one, two = open_source(stays), open_source(moves)
     names: dict[str, str] = {}  # of the network's tensors in MOVES, where it calls them otherwise
@@ -90,6 +100,7 @@ def align(
             raise ParameterError(f"{symmetry} is no file of symmetries: {error}") from error
     else:
         inputs = batches_of(batches) if batches is not None else None
+        check_batches(inputs or [])
         it = subject(model or stays, shape_of(shape), inputs[0] if inputs else None)
         traces = found_in(model or stays, it)
         spec = traces.spec

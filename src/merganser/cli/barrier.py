@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merganser.cli.files import check_file
 from merganser.cli.show import console, counted, progress_bar
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def barrier(
         str,
         typer.Option(metavar="FILE:NAME", help="Code that gives pairs of a batch of inputs and its classes."),
     ],
-    points: Annotated[int, typer.Option(min=3, help="Places on a line, both ends among them.")] = 11,
+    points: Annotated[int, typer.Option(min=3, help="Places on a line, both ends among them; an odd number.")] = 11,
     reset: Annotated[bool, typer.Option("--reset", help="Measure BatchNorm anew at every place.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the lines, as PNG.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a FILE that is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Judge networks on the straight line from ONE to each OTHER.
@@ -47,11 +49,17 @@ def barrier(
     from merganser.align.barrier import loss_line
     from merganser.checkpoints import open_source
     from merganser.cli.subject import loaded, running, subject
-    from merganser.errors import OutputError
+    from merganser.errors import OutputError, ParameterError
 
-    for path in filter(None, (plot, json)):
-        if path.is_dir() or not path.parent.is_dir():
-            raise OutputError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "no such folder"))
+    if points % 2 == 0:
+        raise ParameterError(f"--points is {points}: no place is in the middle", f"--points {points + 1}")
+    if twice := next((other for i, other in enumerate(others) if other in others[:i]), None):
+        raise ParameterError(f"{twice} is given twice", "name every OTHER once")
+    for path, own in ((plot, None), (json, _lines)):
+        if path is not None:
+            check_file(path, [one, *others, model, labelled], overwrite=overwrite, own=own)
+    if plot is not None and json is not None and plot.resolve() == json.resolve():
+        raise OutputError(f"{plot} cannot be both the plot and the numbers", "name two files")
     given = labelled_of(labelled)
     it = subject(model, None, given[0][0])
     first = loaded(it.network, open_source(one))
@@ -65,7 +73,9 @@ def barrier(
     if plot is not None:
         from merganser.report import line_png
 
-        curves = {Path(other).stem: (line.places, line.losses) for other, line in lines.items()}
+        stems = [Path(other).stem for other in lines]
+        names = {other: stem if stems.count(stem) == 1 else other for other, stem in zip(lines, stems, strict=True)}
+        curves = {names[other]: (line.places, line.losses) for other, line in lines.items()}
         plot.write_bytes(line_png(curves, x_label=f"t, from {Path(one).stem}", y_label="cross entropy, nats"))
     if json is not None:
         json.write_text(json_.dumps({other: _numbers(line) for other, line in lines.items()}, indent=1) + "\n", "utf-8")
@@ -89,10 +99,19 @@ def labelled_of(name: str) -> list[tuple[Batch, Tensor]]:
     for pair in given_by(name):
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], torch.Tensor)):
             raise ParameterError(f"{name} gives a {type(pair).__name__}; it must give pairs of inputs and classes")
+        if pair[1].is_floating_point() or pair[1].is_complex():
+            raise ParameterError(f"{name} gives classes of {pair[1].dtype}; they are whole numbers", "classes.long()")
         found.append((as_batch(name, pair[0]), pair[1]))
     if not found:
         raise ParameterError(f"{name} gives no batch")
     return found
+
+
+def _lines(content: object) -> bool:
+    """Whether JSON is what this command writes."""
+    wanted = {"t", "loss", "accuracy", "items", "barrier", "at"}
+    lines = list(content.values()) if isinstance(content, dict) else []
+    return bool(lines) and all(isinstance(line, dict) and line.keys() == wanted for line in lines)
 
 
 def _numbers(line: Line) -> dict[str, Any]:

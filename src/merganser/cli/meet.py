@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from merganser.cli.given import refuse_unused
 from merganser.cli.network import check_out, write_network
 from merganser.cli.show import console, counted, progress_bar
 from merganser.cli.symmetry import Input
@@ -26,6 +27,7 @@ class Method(str, Enum):
 
 
 def meet(
+    ctx: typer.Context,
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more, of one architecture and size.")
     ],
@@ -64,15 +66,21 @@ def meet(
     from merganser.align.many import mean_of, merge_many, star
     from merganser.align.universe import universe
     from merganser.checkpoints import open_source
+    from merganser.cli.batches import check_batches
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.cli.symmetry import found_in, shape_of
     from merganser.errors import ParameterError
 
     if len(checkpoints) < 2:
         raise ParameterError(f"{counted(len(checkpoints), 'checkpoint')}; a common order takes two or more")
+    if method is not Method.c2m3:
+        refuse_unused(ctx, ("starts",), f"is for --method c2m3; {method.value} begins once", "leave it out")
+    if batches is not None:
+        refuse_unused(ctx, ("shape",), "has no use with --batches, which are of some shape", "leave it out")
     check_out(out, checkpoints, model, overwrite=overwrite)
     sources = [open_source(ref) for ref in checkpoints]
     inputs = batches_of(batches) if batches is not None else []
+    check_batches(inputs, alike=False)
     it = subject(model or checkpoints[0], shape_of(shape), inputs[0] if inputs else None)
     found = found_in(model or checkpoints[0], it)
     networks = [loaded(it.network, source) for source in sources]

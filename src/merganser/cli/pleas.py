@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from merganser.cli.given import refuse_unused
 from merganser.cli.network import check_out
 from merganser.cli.partial import BUDGETS
 from merganser.cli.show import console, progress_bar
@@ -45,6 +46,7 @@ class Match(str, Enum):
 
 
 def pleas(
+    ctx: typer.Context,
     one: Annotated[str, typer.Argument(metavar="A", help="A checkpoint; its order of units is kept.")],
     two: Annotated[str, typer.Argument(metavar="B", help="Another, of the same architecture.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
@@ -146,12 +148,12 @@ def pleas(
     from merganser.align.sequence import Sampling
     from merganser.checkpoints import open_source
     from merganser.cli.barrier import labelled_of
+    from merganser.cli.batches import check_batches
     from merganser.cli.budgets import Row, curve_file, row, show, show_preview
     from merganser.cli.partial import (
         Files,
         both,
         budgets_of,
-        check_batches,
         check_budget,
         check_inputs,
         check_least,
@@ -186,6 +188,12 @@ def pleas(
     if target is not Target.averaged and way is not Way.layers:
         raise ParameterError(f"--target {target.value} is for layers that are refitted by themselves", "--way layers")
     check_inputs(batches, data or (), noise, recalibrate=recalibrate)
+    if not data:
+        refuse_unused(ctx, ("examples", "scale"), "is for pictures", "leave it out, or give --data DIR")
+    if batches is not None:
+        refuse_unused(ctx, ("shape",), "has no use with --batches, which are of some shape", "leave it out")
+    if curve is None and not preview:
+        refuse_unused(ctx, ("budgets",), "is for a curve or a preview", "--curve FILE, --preview, or --budget for one")
     if not preview:
         check_out(
             out, [one, two, *map(str, data or ()), *([other_model] if other_model else [])], model, overwrite=overwrite

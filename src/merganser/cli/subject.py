@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -124,8 +125,25 @@ def running(model: str) -> Iterator[None]:
         yield
     except MerganserError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError, OSError) as error:
-        raise ParameterError(f"{model} cannot be run on these inputs: {type(error).__name__}: {error}") from error
+    except Exception as error:  # whatever the code of a network does
+        said = f"{type(error).__name__}: {error}{line_of(error)}"
+        raise ParameterError(f"{model} cannot be run on these inputs: {said}") from error
+
+
+def line_of(error: BaseException) -> str:
+    """Where an error was raised: the innermost line that is not torch's; nothing where ours only called torch.
+
+    >>> line_of(ValueError())
+    ''
+    """
+    import torch
+
+    library, ours = Path(torch.__file__).parent, Path(__file__).parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(library) and frame.filename[0] != "<"]
+    if not own or (Path(own[-1].filename).is_relative_to(ours) and own[-1] is not frames[-1]):
+        return ""
+    return f" (line {own[-1].lineno} of {own[-1].filename})"
 
 
 def batches_of(name: str) -> list[Batch]:

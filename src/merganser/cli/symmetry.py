@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merganser.cli.files import check_file
 from merganser.cli.show import console, counted
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ def show(
     check: Check = True,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write them to a file as well.")] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="List every axis that cannot move, and why.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a FILE that is there and holds no symmetries.")
+    ] = False,
 ) -> None:
     """Print the groups of units that may change places, what share of the parameters they move, and what is fixed.
 
@@ -46,10 +50,8 @@ def show(
     merganser symmetry show path/to/checkpoint
     merganser symmetry show my_networks.py:resnet20 --input 2,3,32,32 --json resnet20.json
     """
-    from merganser.errors import OutputError
-
-    if json is not None and (json.is_dir() or not json.parent.is_dir()):
-        raise OutputError(f"{json} cannot be written: " + ("it is a folder" if json.is_dir() else "no such folder"))
+    if json is not None:
+        check_file(json, [model], overwrite=overwrite, own=_symmetries)
     found = traced(model, shape, check=check)
     _print(found, pinned=pinned)
     if json is not None:
@@ -93,13 +95,24 @@ def found_in(model: str, it: Subject, *, check: bool = True) -> Symmetries:
     Raises:
         ParameterError: If it cannot be run.
     """
-    from merganser.errors import ParameterError
+    from merganser.cli.subject import line_of
+    from merganser.errors import MerganserError, ParameterError
     from merganser.symmetry import symmetries
 
     try:
         return symmetries(it.network, it.args, it.kwargs, output=it.output, check=check)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        raise ParameterError(f"{model} cannot be run on these inputs: {error}", "give others with --input") from error
+    except MerganserError:
+        raise
+    except Exception as error:  # whatever the code of a network does
+        said = str(error) if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"
+        raise ParameterError(
+            f"{model} cannot be run on these inputs: {said}{line_of(error)}", "give others with --input"
+        ) from error
+
+
+def _symmetries(content: object) -> bool:
+    """Whether JSON is what `show` writes."""
+    return isinstance(content, dict) and {"groups", "axes", "roles", "pinned"} <= content.keys()
 
 
 def _print(found: Symmetries, *, pinned: bool) -> None:

@@ -55,12 +55,14 @@ def zip_(
     """
     from merganser.align.zipping import zip_networks
     from merganser.checkpoints import open_source
+    from merganser.cli.batches import check_batches
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.cli.symmetry import found_in
 
     check_out(out, checkpoints, model, overwrite=overwrite)
     sources = [open_source(ref) for ref in checkpoints]
     inputs = batches_of(batches)
+    check_batches(inputs)
     it = subject(model, None, inputs[0])
     networks = [loaded(it.network, source) for source in sources]
     found = found_in(model, it)

@@ -27,6 +27,7 @@ class Symmetries:
         coverage: share of the parameters that some group moves.
         checked: whether the self-check ran.
         taps: activations that show the units of groups; those of refused groups are left in.
+        factors: those, and what is made of parameters alone: all that products take in.
     """
 
     spec: Spec
@@ -36,6 +37,7 @@ class Symmetries:
     coverage: float
     checked: bool
     taps: tuple[Tap, ...] = ()
+    factors: tuple[Tap, ...] = ()
 
 
 def symmetries(
@@ -54,7 +56,7 @@ def symmetries(
         args: positional inputs, such as a batch of two pictures.
         kwargs: named inputs.
         output: what of the result must stay as it is, such as `lambda result: result.logits`; by default all of it.
-        check: run it three times more, in float64, to see that random group elements leave the output as it is; groups
+        check: run it some times more, in float64, to see that random group elements leave the output as it is; groups
             that do not are left out. A network on `meta` cannot be checked.
         seed: of the check.
     """
@@ -63,7 +65,8 @@ def symmetries(
     while check and (bad := failing(network, args, kwargs, spec, output=output, seed=seed)):
         unsound = tuple(dict.fromkeys((*unsound, *bad)))
         spec = _weaker(spec, bad)
-    return Symmetries(spec, unsound, found.unknown, found.unused, coverage(network, spec), check, found.taps)
+    covered = coverage(network, spec)
+    return Symmetries(spec, unsound, found.unknown, found.unused, covered, check, found.taps, found.factors)
 
 
 def _weaker(spec: Spec, names: Sequence[str]) -> Spec:

@@ -20,7 +20,7 @@ MOVING = frozenset(shapes.RULES) - {"embedding", "index", "index_add"} | {
 
 @dataclass(frozen=True)
 class Tap:
-    """An activation that a product takes in.
+    """A tensor that a product takes in and that is no parameter.
 
     Attributes:
         number: of the tensor in a record of the network.
@@ -38,12 +38,14 @@ class Found:
     Attributes:
         spec: what may move.
         taps: activations that show the units of groups, in the order of the run.
+        factors: those, and what is made of parameters alone.
         unknown: operations without a rule.
         unused: parameters that no operation read.
     """
 
     spec: Spec
     taps: tuple[Tap, ...]
+    factors: tuple[Tap, ...]
     unknown: tuple[str, ...]
     unused: tuple[str, ...]
 
@@ -64,12 +66,50 @@ def find(record: Record) -> Found:
     _collapse(flow)
     _pin_unused(flow)
     spec, names = _spec(flow)
-    taps = []
+    factors = []
     for number in dict.fromkeys(flow.taps):
         axes = tuple(_part(flow.atoms.canonical(axis), flow, names) for axis in flow.axes[number])
         if any(True for axis in axes for _ in groups_in(axis)):
-            taps.append(Tap(number, axes))
-    return Found(spec, tuple(taps), tuple(dict.fromkeys(flow.unknown)), unused)
+            factors.append(Tap(number, axes))
+    return Found(spec, _activations(record, factors), tuple(factors), tuple(dict.fromkeys(flow.unknown)), unused)
+
+
+def _activations(record: Record, factors: Sequence[Tap]) -> tuple[Tap, ...]:
+    """Factors that the input is in: a mask times a weight, or a weight in fewer bits, tells nothing of what units do.
+
+    Others stay, before these, where they are all that shows some group: as units of a network of places.
+    """
+    live = _fed(record)
+    shown = {g for tap in factors if tap.number in live for part in tap.axes for g in groups_in(part)}
+    alone = [
+        tap
+        for tap in factors
+        if tap.number not in live and any(g not in shown for part in tap.axes for g in groups_in(part))
+    ]
+    return (*alone, *(tap for tap in factors if tap.number in live))
+
+
+def _fed(record: Record) -> set[int]:
+    """Numbers of the tensors that the inputs of the network are in.
+
+    What is written into a view is in the whole tensor, too. Where no input is a tensor, all tensors count.
+    """
+    found = {value.number for value in record.values if value.origin == "input"}
+    if not found:
+        return {value.number for value in record.values}
+    whole: dict[int, int] = {}
+    for call in record.calls:
+        inputs = values_in(call.args)
+        if any(value.number in found for value in inputs):
+            for value in call.outputs:
+                at: int | None = value.number
+                while call.acts and at is not None and at not in found:
+                    found.add(at)
+                    at = whole.get(at)
+                found.add(value.number)
+        elif inputs and call.op in MOVING:
+            whole |= {value.number: inputs[0].number for value in call.outputs}
+    return found
 
 
 def _pin_unused(flow: Flow) -> None:

@@ -28,7 +28,7 @@ class Flow:
         roles: of axes of parameters, by the tensor's number and the axis.
         views: parameters of which a tensor is one with its axes in another order, and that order.
         products: axes of what is summed up by an operation, of which its result shows a part.
-        taps: activations that a product takes in, by their numbers.
+        taps: tensors that a product takes in and that are no parameter, by their numbers.
         unknown: operations without a rule that met something that moves.
         call: the operation at hand.
     """
@@ -145,7 +145,7 @@ class Flow:
             self.roles.setdefault((number, axes[axis]), role)
 
     def tap(self, *values: Value) -> None:
-        """Note activations that a product takes in: what units of a network are compared by."""
+        """Note tensors that a product takes in, parameters and turned ones left out."""
         for value in values:
             root = self.views.get(value.number, (value.number,))[0]
             if self.record.values[root].origin == "activation":

@@ -26,13 +26,16 @@ def layer_norm(flow: Flow, call: Call) -> None:
 
 
 def batch_norm(flow: Flow, call: Call) -> None:
-    """One scale, shift, mean and variance a channel."""
+    """One scale, shift, mean and variance a channel; where the batch gives them, over all places of the channel."""
     axes = flow.of(call.args["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         scale = call.args.get(name)
         if isinstance(scale, Value):
             flow.unify(flow.of(scale)[0], axes[1])
             flow.role(scale, 0, "additive" if name in ("bias", "running_mean") else "scale")
+    measured = call.args.get("training", call.args.get("use_input_stats"))
+    if measured or not isinstance(call.args.get("running_mean"), Value):
+        flow.products.append([axes[1]])
     flow.set(call.outputs[0], axes)
     for value in call.outputs[1:]:
         flow.fix(value, "a statistic")

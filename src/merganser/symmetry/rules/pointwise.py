@@ -39,6 +39,14 @@ def broadcast(flow: Flow, values: Sequence[Value], shape: Sequence[int]) -> list
     return [flow.uniform(size) if axis == ONE and size > 1 else axis for axis, size in zip(axes, shape, strict=True)]
 
 
+def prelu(flow: Flow, call: Call) -> None:
+    """One slope for all channels, or one each: channels are the second axis."""
+    x, slope = call.args["self"], call.args["weight"]
+    if slope.shape and slope.shape[0] > 1:
+        flow.unify(flow.of(slope)[0], flow.of(x)[1])
+    flow.set(call.outputs[0], flow.of(x))
+
+
 def _note_roles(flow: Flow, call: Call, inputs: Sequence[Value]) -> None:
     role = {"add": "additive", "sub": "additive", "mul": "scale", "div": "scale"}.get(call.op)
     for value in inputs:
@@ -134,7 +142,7 @@ ENTRYWISE = _words(
     clamp_min clone copy cos cosh detach div elu eq erf erfc exp exp2 expm1 fill floor floor_divide fmod
     ge gelu gt hardsigmoid hardswish hardtanh isfinite isinf isnan le leaky_relu lerp lift_fresh lift_fresh_copy
     log log1p log2 log_sigmoid_forward logaddexp logical_and logical_not logical_or logical_xor lt masked_fill
-    maximum minimum mish mul nan_to_num ne neg pow prelu reciprocal relu relu6 remainder round
+    maximum minimum mish mul nan_to_num ne neg pow reciprocal relu relu6 remainder round
     rsqrt rsub sgn sigmoid sign silu sin sinc sinh softplus softshrink special_expit sqrt
     square sub tan tanh threshold trunc where xlogy zero
     """
@@ -167,4 +175,5 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), along),
     **dict.fromkeys(IMAGE, image),
     "glu": gated,
+    "prelu": prelu,
 }

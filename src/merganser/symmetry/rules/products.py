@@ -46,6 +46,7 @@ def linear(flow: Flow, call: Call) -> None:
     if isinstance(bias, Value):
         flow.unify(out, flow.of(bias)[0])
         flow.role(bias, 0, "additive")
+    flow.products.append([*flow.of(x)[:-1], out, inside])
     flow.set(call.outputs[0], [*flow.of(x)[:-1], out])
 
 
@@ -64,17 +65,22 @@ def convolution(flow: Flow, call: Call) -> None:
     if groups == 1:
         inside, out = (first, second) if turned else (second, first)
         flow.unify(inputs, inside)
+        mixed = [out, inside]
     else:
         g, inner = flow.atoms.split(inputs, groups)
         h, other = flow.atoms.split(first, groups)
         flow.unify(g, h)
         flow.unify(inner, other if turned else second)
-        out = Product((g, second if turned else other))
+        rest = second if turned else other
+        out = Product((g, rest))
+        mixed = [g, rest, inner]  # a group sees itself alone
     flow.role(weight, 1 if turned else 0, "producer")
     flow.role(weight, 0 if turned else 1, "consumer")
     if isinstance(bias, Value):
         flow.unify(out, flow.of(bias)[0])
         flow.role(bias, 0, "additive")
+    if apart:
+        flow.products.append([*flow.of(x)[: -spatial - 1], *mixed, *flow.of(x)[-spatial:]])
     fresh = [flow.atoms.new(n, pinned="a place") for n in value.shape[-spatial:]]
     flow.set(value, [*flow.of(x)[: -spatial - 1], out, *(flow.of(x)[-spatial:] if apart else fresh)])
 

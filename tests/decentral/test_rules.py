@@ -206,6 +206,28 @@ def test_a_network_that_diverged_is_left_in_its_order() -> None:
     assert set(match.fixed.values()) == {1.0}
 
 
+def test_units_that_no_activation_shows_are_brought_into_order_by_weights() -> None:
+    class Maxout(nn.Module):
+        """The largest of three units: which is which shows in no product."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.pieces, self.head = nn.Linear(6, 10), nn.Linear(10, 24), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.pieces(self.up(x).relu()).unflatten(-1, (8, 3)).amax(-1))
+
+    network = Maxout()
+    aligner = NetworkAligner(network, [torch.randn(32, 6, generator=torch.Generator().manual_seed(1))])
+    spec, state = aligner.found.spec, network.state_dict()
+    moved = aligner.moved(spec.random(torch.Generator().manual_seed(2)), state)
+    (match,) = aligner.match(state, [moved])
+    back = aligner.moved(match.orders, moved)
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert any(not torch.equal(moved[name], state[name]) for name in ("pieces.weight", "pieces.bias"))
+
+
 def test_batches_of_two_shapes_are_refused() -> None:
     with pytest.raises(ParameterError, match="differ in shape"):
         NetworkAligner(small(0), [torch.zeros(2, 2, 5, 5), torch.zeros(1, 2, 5, 5)])

@@ -38,3 +38,20 @@ def test_a_failed_merge_leaves_no_folders_above_its_place(unreadable: Path) -> N
     with pytest.raises(NonFiniteError):
         merge(unreadable, unreadable.parent / "deep" / "er" / "out")
     assert not (unreadable.parent / "deep").exists()
+
+
+def test_a_folder_that_a_link_of_an_input_leads_into_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = save({"a.weight": torch.ones(2, 2)}, tmp_path / "kept")
+    other = save({"a.weight": torch.zeros(2, 2)}, tmp_path / "other")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(kept / "model.safetensors")
+    (tmp_path / "recipe.yaml").write_text("method: linear\nmodels: [linked, other]\n")
+    before = (kept / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match=r"kept holds what .*linked/model\.safetensors leads to"):
+        merge("recipe.yaml", "kept", overwrite=True)
+    assert (kept / "model.safetensors").read_bytes() == before
+    assert merge("recipe.yaml", "out").exists()
+    assert other.exists()

@@ -27,7 +27,7 @@ def stamp(refs: Iterable[str]) -> str:
 
 
 def refuse_overlap(out: Path, inputs: Iterable[str]) -> None:
-    """Refuse an output folder that is, holds or lies within one of the inputs.
+    """Refuse an output folder that is, holds or lies within one of the inputs, or holds what a link of one leads to.
 
     Args:
         out: folder to be made.
@@ -41,3 +41,6 @@ def refuse_overlap(out: Path, inputs: Iterable[str]) -> None:
         for path in local_paths(ref):
             if path.is_relative_to(target) or (path.is_dir() and target.is_relative_to(path)):
                 raise OutputError(f"{out} is, holds or lies within what is read, {path}", "choose another place")
+            for link in sorted(filter(Path.is_symlink, path.rglob("*"))) if path.is_dir() else []:
+                if link.resolve().is_relative_to(target):
+                    raise OutputError(f"{out} holds what {link} leads to, which is read", "choose another place")

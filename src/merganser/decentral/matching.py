@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from merganser.align.activations import ActivationCosts, Shown, part_of, taps_by_group, units_of
-from merganser.align.costs import Moments, grown
+from merganser.align.costs import Moments, WeightCosts, grown
 from merganser.align.match import match
 from merganser.align.renorm import reset_batch_norm
 from merganser.decentral.distances import fixed_fraction
 from merganser.decentral.learner import Match, Tensors
 from merganser.errors import NonFiniteError, ParameterError
+from merganser.numerics import all_finite
 from merganser.symmetry import Orders, Symmetries, symmetries
 from merganser.symmetry.record import record_tensors
 
@@ -86,8 +87,12 @@ class NetworkAligner:
         # a model that diverged correlates with nothing, and stays as it is
         shown = [{number: m.pearson().nan_to_num() for number, m in summed.items()} for summed in moments]
         return [
-            ActivationCosts(spec, {g: [Shown(part_of(tap), seen[tap.number]) for tap in t] for g, t in chosen.items()})
-            for seen in shown
+            ActivationCosts(
+                spec,
+                {g: [Shown(part_of(tap), seen[tap.number]) for tap in t] for g, t in chosen.items()},
+                WeightCosts(spec, stays, model, "pearson") if all(map(all_finite, model.values())) else None,
+            )
+            for seen, model in zip(shown, moves, strict=True)
         ]
 
     def _load(self, network: nn.Module, model: Tensors) -> None:

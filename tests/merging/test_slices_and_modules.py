@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapter_helpers import pair, written
 from merganser.errors import ExtraTensorError, MerganserError, ParameterError, TensorError
 from merganser.merging.native import read_recipes
 from merganser.merging.run import merge, plan_recipes
@@ -240,3 +241,24 @@ def test_a_head_that_one_model_of_a_slice_stores_apart_is_merged(order: tuple[in
     expected = (one["model.embed_tokens.weight"] + two["lm_head.weight"]) / 2
     torch.testing.assert_close(found["lm_head.weight"], expected)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("shape", ["models", "slices"])
+def test_a_base_with_its_adapter_may_lead(shape: str, tmp_path: Path) -> None:
+    names = ("a", "b")
+    models = [layered(2, seed) for seed in range(2)]
+    for name, model in zip(names, models, strict=True):
+        save(model, tmp_path / name)
+    update = pair("model.layers.1.mlp", 4, 3)
+    written(tmp_path / "lora", update, target_modules=["mlp"])
+    listed = {
+        "models": "models: [{model: a+lora, parameters: {weight: 0.7}}, {model: b, parameters: {weight: 0.3}}]",
+        "slices": "slices: [{sources: [{model: a+lora, layer_range: [0, 2], parameters: {weight: 0.7}}, "
+        "{model: b, layer_range: [0, 2], parameters: {weight: 0.3}}]}]",
+    }
+    found = run(tmp_path, f"merge_method: linear\n{listed[shape]}\n")
+    adapted = {name: x.double() for name, x in models[0].items()}
+    up, down = update["model.layers.1.mlp.lora_B.weight"], update["model.layers.1.mlp.lora_A.weight"]
+    adapted["model.layers.1.mlp.weight"] += (up @ down).double()
+    for name, x in found.items():
+        torch.testing.assert_close(x.double(), 0.7 * adapted[name] + 0.3 * models[1][name], rtol=1e-6, atol=1e-5)

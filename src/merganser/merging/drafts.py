@@ -121,10 +121,10 @@ class _Cut:
 
     def whole(self, one: Slice) -> Iterator[Draft]:
         base, models = models_of(self.recipe, one, self.rules)
-        lead = self.sources[base.ref if base is not None else models[0].ref]
+        lead = base.ref if base is not None else models[0].ref
         others = {i.ref: self.sources[i.ref] for i in models}
-        names = self.leading(lead, others.values())
-        known = frozenset(self.names[lead.ref])
+        names = self.leading(lead, others)
+        known = frozenset(self.names[lead])
         for ref in others:
             self.refuse_extra([n for n in self.stored(ref) if n not in known], ref, lead)
         lacking = {
@@ -138,8 +138,8 @@ class _Cut:
                 if missing:
                     absent = lacking[missing[0]]
                     raise MissingTensorError(
-                        f"{name}{and_more(absent)} is in {lead.ref} and not in {', '.join(missing)}",
-                        prefix_hint(absent, others[missing[0]]) or f"keep: {patterns(absent)} takes it from {lead.ref}",
+                        f"{name}{and_more(absent)} is in {lead} and not in {', '.join(missing)}",
+                        prefix_hint(absent, others[missing[0]]) or f"keep: {patterns(absent)} takes it from {lead}",
                     )
             yield Draft(name, one, (name,) * len(models), name if base is not None else None, None, copied)
 
@@ -157,18 +157,18 @@ class _Cut:
                 where = "; ".join(f"{i.ref} [{a}, {b})" for i, (a, b) in zip(every, spans, strict=True))
                 raise ParameterError(f"the models of a slice have different numbers of layers: {where}")
             length = lengths.pop()
-            lead, first = self.sources[every[0].ref], spans[0][0]
-            for stack, count in self.depths[lead.ref].items():
+            lead, first = every[0].ref, spans[0][0]
+            for stack, count in self.depths[lead].items():
                 if stack in ended and first < count and length:
                     raise ParameterError(
                         f"{stack} would have a gap: {ended[stack]}, and a later slice goes on with it",
                         "stacks of different depths are cut apart with mergekit's modules: {encoder: {slices: ...}}",
                     )
                 if first + length > count:
-                    ended[stack] = f"it has {count} layers in {lead.ref}, and a slice takes [{first}, {first + length})"
+                    ended[stack] = f"it has {count} layers in {lead}, and a slice takes [{first}, {first + length})"
             self.refuse_extra_layers(every, spans)
-            for name in self.leading(lead, [self.sources[ref] for ref in every_ref]):
-                place = self.places[lead.ref][name]
+            for name in self.leading(lead, every_ref):
+                place = self.places[lead][name]
                 if place is None:
                     if number == (0 if stands_before(name) else len(group) - 1):
                         other = name if base is not None else None
@@ -198,24 +198,24 @@ class _Cut:
         """Names of the module's tensors that are in a model's file."""
         return [n for n in self.names[ref] if n in self.sources[ref].infos]
 
-    def leading(self, lead: Source, models: Iterable[Source]) -> list[str]:
+    def leading(self, lead: str, refs: Iterable[str]) -> list[str]:
         """Names that the lead gives to the output: one that it ties and another model stores apart is stored apart."""
-        found = list(models)
-        ties = [(a, lead.aliases[a]) for a in self.names[lead.ref] if a not in lead.infos]
+        found, source = [self.sources[ref] for ref in refs], self.sources[lead]
+        ties = [(a, source.aliases[a]) for a in self.names[lead] if a not in source.infos]
         apart = [a for a, n in ties if any(a in s.infos and s.aliases.get(n) != a for s in found)]
-        return [*self.stored(lead.ref), *apart]
+        return [*self.stored(lead), *apart]
 
-    def refuse_extra(self, extra: Sequence[str], ref: str, lead: Source) -> None:
+    def refuse_extra(self, extra: Sequence[str], ref: str, lead: str) -> None:
         if extra := [n for n in extra if not matches(n, self.recipe.keep)]:
             raise ExtraTensorError(
-                f"{extra[0]}{and_more(extra)} is in {ref} and not in {lead.ref}",
-                prefix_hint(extra, lead) or f"leave it out with keep: {patterns(extra)}",
+                f"{extra[0]}{and_more(extra)} is in {ref} and not in {lead}",
+                prefix_hint(extra, self.sources[lead]) or f"leave it out with keep: {patterns(extra)}",
             )
 
     def refuse_extra_layers(self, every: Sequence[Input], spans: Sequence[tuple[int, int]]) -> None:
         """Refuse tensors of a slice's layers that its lead does not have in the same layer."""
-        lead, first = self.sources[every[0].ref], spans[0][0]
-        known = frozenset(self.names[lead.ref])
+        lead, first = every[0].ref, spans[0][0]
+        known = frozenset(self.names[lead])
         for model, (start, stop) in zip(every, spans, strict=True):
             extra = [
                 n
@@ -233,7 +233,7 @@ class _Cut:
             for lead, before in ((leads[0], True), (leads[-1], False)):
                 known = frozenset(self.names[lead])
                 extra = [n for n in outside if n not in known and stands_before(n) == before]
-                self.refuse_extra(extra, ref, self.sources[lead])
+                self.refuse_extra(extra, ref, lead)
 
     def span(self, model: Input, ranged: Input) -> tuple[int, int]:
         stacks = self.depths[model.ref]

@@ -49,6 +49,17 @@ def labelled():
 def labelled_wrongly():
     return [(x, 7 * y) for x, y in labelled()]
 
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.zeros(s)) for s in ((6, 8), (8, 8), (8, 3)))
+
+    def forward(self, x):
+        return ((x @ self.a).relu() @ self.b).relu() @ self.c
+
+def functional():
+    return Functional()
+
 def pictures():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)), torch.zeros(2, 3, 4, 4)
 """  # noqa: E501

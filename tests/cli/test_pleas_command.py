@@ -188,6 +188,18 @@ def test_types_stay_those_of_the_files(shop: Path, run: Run) -> None:
     assert {x.dtype for x in load_file("out/model.safetensors").values()} == {torch.float16}
 
 
+def test_units_that_no_measured_layer_takes_in_are_said_to_be_kept_together(shop: Path, run: Run) -> None:
+    for seed, name in enumerate("gh"):
+        save_file(drawn(seed, {"a": (6, 8), "b": (8, 8), "c": (8, 3)}), f"{name}.safetensors")
+    code, text, error = run(*words("g", "h", "--budget", "1.5", model="functional"))
+    assert (code, error) == (0, "")
+    said = " ".join(text.split())
+    assert "nothing is gained by keeping units of a, b apart, so none are" in said
+    assert "widths" not in said
+    assert "nothing is gained" not in run(*words("a", "b", "--budget", "1.5", "--overwrite"))[1]
+    assert "nothing is gained" not in run(*words("g", "h", "--budget", "1", "--overwrite", model="functional"))[1]
+
+
 def test_a_probe_fits_the_last_layer_to_labels_and_nothing_else(shop: Path, run: Run) -> None:
     asked = ("--budget", "1.5", "--curve", "curve.md", "--budgets", "1,1.5", "--labelled", "nets.py:labelled")
     assert run(*words("a", "b", *asked, "--quiet"))[0] == 0

@@ -209,6 +209,11 @@ class Pair:
             del moments  # before the next pass
         return total
 
+    @property
+    def worthless(self) -> list[str]:
+        """Groups of which no pair gains anything apart: alike in both, or in no layer that is measured."""
+        return [group for group, gains in self.gains.items() if not bool((gains > 0).any())]
+
     def moments(self) -> Iterator[Mapping[str, Joint]]:
         """Second moments of what all layers take in, for `way: layers`: a pass over the batches at a time.
 

@@ -208,6 +208,12 @@ def show(pair: Pair, made: PartlyMerged, rows: Sequence[Row]) -> None:
     for line in lines:
         table.add_row(*line)
     out.print(table)
+    worthless = pair.worthless if any(row.budget > 1 for row in rows) else []
+    if worthless:
+        out.print(
+            f"nothing is gained by keeping units of {', '.join(worthless)} apart, so none are: the networks are alike "
+            "there, or no layer takes them in (products of functions are not measured)"
+        )
     if made.splits:
         out.print(f"widths: {widths(pair, made.splits)}")
     if fits.residuals:

@@ -206,6 +206,46 @@ def test_a_network_that_diverged_is_left_in_its_order() -> None:
     assert set(match.fixed.values()) == {1.0}
 
 
+def test_statistics_that_a_network_came_with_say_nothing_of_its_units() -> None:
+    """BatchNorm has those of the pictures that run, in the network that stays and in the one that moves."""
+    one, two = small(6).state_dict(), small(7).state_dict()
+    aligner = NetworkAligner(small(6), pictures())
+    strange = [
+        {n: x * 37 + 5 if n.endswith(("running_mean", "running_var")) else x for n, x in state.items()}
+        for state in (one, two)
+    ]
+    (match,), (again,) = aligner.match(one, [two]), aligner.match(strange[0], [strange[1]])
+    assert min(match.fixed.values()) < 1
+    assert match.correlation == again.correlation
+    assert all(torch.equal(order, again.orders[name]) for name, order in match.orders.items())
+
+
+def test_units_are_correlated_as_a_run_in_training_mode_shows_them() -> None:
+    """The mean correlation of hidden units, by hand: BatchNorm of the batch, and Pearson in float64."""
+
+    class Normed(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.up, self.norm, self.down = nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)
+
+        def hidden(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            return ((y - y.mean(0)) / (y.var(0) + self.norm.eps).sqrt()).relu()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.norm(self.up(x)).relu())
+
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
+    one, two = Normed(0), Normed(1)
+    (match,) = NetworkAligner(one, [x]).match(one.state_dict(), [two.state_dict()])
+    (name, order), (_, found) = *match.orders.items(), *match.correlation.items()
+    with torch.no_grad():
+        rows = torch.cat([one.hidden(x).T.double(), two.hidden(x).T.double()[order]])
+    expected = torch.corrcoef(rows)[:9, 9:].nan_to_num().diagonal().mean()
+    assert found == pytest.approx(float(expected), abs=1e-6), name
+
+
 def test_units_that_no_activation_shows_are_brought_into_order_by_weights() -> None:
     class Maxout(nn.Module):
         """The largest of three units: which is which shows in no product."""

@@ -25,7 +25,7 @@ from merganser.align.activations import Batch
 from merganser.align.ran import joined, watching
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.numerics import all_finite
-from merganser.symmetry.record import evaluating
+from merganser.symmetry.record import evaluating, unrecorded
 
 
 def reset_batch_norm(network: nn.Module, batches: Iterable[Batch]) -> int:
@@ -87,12 +87,13 @@ def measuring(network: nn.Module) -> Iterator[None]:
         (x,) = args
         if x.numel() < 2 * x.shape[1]:
             raise ParameterError(f"the batches give {name} one value of each unit", "give more examples")
-        found = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1])
-        runs = norm.get_buffer("num_batches_tracked").add_(1)
-        for buffer, now in zip(("running_var", "running_mean"), found, strict=True):
-            if not all_finite(now):
-                raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
-            norm.get_buffer(buffer).lerp_(now, 1 / int(runs))
+        with unrecorded():
+            found = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1])
+            runs = norm.get_buffer("num_batches_tracked").add_(1)
+            for buffer, now in zip(("running_var", "running_mean"), found, strict=True):
+                if not all_finite(now):
+                    raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
+                norm.get_buffer(buffer).lerp_(now, 1 / int(runs))
 
     with ExitStack() as stack, watching(network):
         for name, norm in network.named_modules():
@@ -102,6 +103,24 @@ def measuring(network: nn.Module) -> Iterator[None]:
         yield
 
 
+def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance, over one less than there are values, and mean of every unit, along axis 1; both float64.
+
+    A block of examples at a time, about its own mean: an eighth of the time that torch.var_mean takes over pictures.
+    """
+    count, mean, squares = 0, *torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+    axes, along = [axis for axis in range(x.ndim) if axis != 1], [-1, *[1] * (x.ndim - 2)]
+    for part in torch.split(x, max(1, BLOCK * len(x) // max(1, x.numel()))):
+        values = part.numel() // x.shape[1]
+        block = part.double()
+        here = block.sum(axes) / values
+        block = block - here.reshape(along) if block is part else block.sub_(here.reshape(along))
+        apart, count = here - mean, count + values
+        squares += block.square_().sum(axes) + apart.square() * (values * (count - values) / count)
+        mean += apart * (values / count)
+    return squares / (count - 1), mean
+
+
 def measure_batch_norm(network: nn.Module, batches: Sequence[Batch]) -> None:
     """Give BatchNorm the statistics of all batches, run at once; raises what `joined` and `measuring` do."""
     args, kwargs = joined(batches)[0]
@@ -109,6 +128,8 @@ def measure_batch_norm(network: nn.Module, batches: Sequence[Batch]) -> None:
         network(*args, **kwargs)
 
 
+#: Entries that are summed at once.
+BLOCK = 1 << 18
 #: Mean and standard deviation of every unit of a layer, each of shape (units,).
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 

@@ -1,9 +1,9 @@
 """Units of networks compared by what they do on an agent's own pictures.
 
-The agent's own network runs once for all of its neighbours. Statistics of BatchNorm are first taken again on the same
-pictures, in every network, as published: those that came with a network are of its last few batches. Where a network is
-nearly in the best order already, it is left in its own: an order that gains next to nothing is noise, and every new
-order moves the mean of all agents.
+Every network runs once, an agent's own one once for all of its neighbours. In that run BatchNorm has the statistics of
+the pictures that run: those that came with a network are of its last few batches. (As published, a run before takes
+them.) Where a network is nearly in the best order already, it is left in its own: an order that gains next to nothing
+is noise, and every new order moves the mean of all agents.
 
 Source: Saadati et al. 2024, arXiv:2404.08079; Ainsworth et al. 2022, arXiv:2209.04836, section 3.1.
 """
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from merganser.align.activations import ActivationCosts, Shown, part_of, taps_by_group, units_of
 from merganser.align.costs import Moments, WeightCosts, grown
 from merganser.align.match import match
-from merganser.align.renorm import reset_batch_norm
+from merganser.align.renorm import measuring
 from merganser.decentral.distances import fixed_fraction
 from merganser.decentral.learner import Match, Tensors
 from merganser.errors import NonFiniteError, ParameterError
 from merganser.numerics import all_finite
 from merganser.symmetry import Orders, Symmetries, symmetries
+from merganser.symmetry.finding import Tap
 from merganser.symmetry.record import record_tensors
 
 #: Share of the similarity that a new order must gain.
@@ -73,17 +74,11 @@ class NetworkAligner:
         chosen = taps_by_group(self.found, "last")
         taps = {tap.number: tap for seen in chosen.values() for tap in seen}
         moments: list[dict[int, Moments]] = [{} for _ in moves]
-        others = [copy.deepcopy(self._one) for _ in moves]
-        for network, model in zip(others, moves, strict=True):
-            self._load(network, model)
-        self._load(self._one, stays)
         for batch in self._batches:
-            mine = record_tensors(self._one, (batch,), {}, taps)
-            own = {number: units_of(spec, tap, mine) for number, tap in taps.items()}
-            for network, summed in zip(others, moments, strict=True):
-                theirs = record_tensors(network, (batch,), {}, taps)
-                for number, tap in taps.items():
-                    summed[number] = grown(summed.get(number), own[number], units_of(spec, tap, theirs))
+            own = self._units(stays, batch, taps)
+            for model, summed in zip(moves, moments, strict=True):
+                for number, units in self._units(model, batch, taps).items():
+                    summed[number] = grown(summed.get(number), own[number], units)
         # a model that diverged correlates with nothing, and stays as it is
         shown = [{number: m.pearson().nan_to_num() for number, m in summed.items()} for summed in moments]
         return [
@@ -95,12 +90,15 @@ class NetworkAligner:
             for seen, model in zip(shown, moves, strict=True)
         ]
 
-    def _load(self, network: nn.Module, model: Tensors) -> None:
-        network.load_state_dict(dict(model))
+    def _units(self, model: Tensors, batch: Tensor, taps: Mapping[int, Tap]) -> dict[int, Tensor]:
+        """Activations of a model, shape (units, samples) each."""
+        self._one.load_state_dict(dict(model))
         try:
-            reset_batch_norm(network, [((batch,), {}) for batch in self._batches])
-        except NonFiniteError:
-            return  # a model that diverged
+            with measuring(self._one):
+                tensors = record_tensors(self._one, (batch,), {}, taps)
+        except NonFiniteError:  # a model that diverged
+            tensors = record_tensors(self._one, (batch,), {}, taps)
+        return {number: units_of(self.found.spec, tap, tensors) for number, tap in taps.items()}
 
     def _match(self, costs: ActivationCosts) -> Match:
         spec = self.found.spec

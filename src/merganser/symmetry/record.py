@@ -14,8 +14,10 @@ import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,9 @@ class Record:
 BRANCHES = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "masked_select", "equal", "is_nonzero")
 
 
+#: What oneDNN makes of a whole recurrent layer. Convolutions are the same operations with it and without, and faster.
+FUSED = "mkldnn_rnn"
+
 #: What of a network's result must stay as it is.
 Output = Callable[[Any], Any]
 
@@ -158,20 +163,46 @@ def record_run(
             )
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise ParameterError("the network is TorchScript, which hides its operations", "give the Python network")
-    network = copied(network)
-    recorder = _Recorder(network)
-    _run(recorder, network, args, kwargs or {}, output)
-    return recorder.record
+    _recorded(network, args, kwargs or {}, output)  # may fill caches that outlive a network: what follows has them, too
+    return _recorded(network, args, kwargs or {}, output).record
 
 
 def record_tensors(
     network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], numbers: Collection[int]
 ) -> dict[int, Tensor]:
     """Run a network as `record_run` does, and keep tensors of the run by their numbers in its record."""
+    fast = _recorded(network, args, kwargs, None, frozenset(numbers), fused=True)
+    if not any(call.op.startswith(FUSED) for call in fast.record.calls):
+        return fast.kept
+    return _recorded(network, args, kwargs, None, frozenset(numbers)).kept
+
+
+def _recorded(
+    network: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    output: Output | None,
+    keep: frozenset[int] = frozenset(),
+    *,
+    fused: bool = False,
+) -> _Recorder:
     network = copied(network)
-    recorder = _Recorder(network, keep=frozenset(numbers))
-    _run(recorder, network, args, kwargs, None)
-    return recorder.kept
+    recorder = _Recorder(network, keep)
+    _run(recorder, network, args, kwargs, output, fused)
+    return recorder
+
+
+_UNRECORDED: ContextVar[bool] = ContextVar("unrecorded", default=False)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What is done in here is no part of a run that is recorded."""
+    token = _UNRECORDED.set(True)
+    try:
+        yield
+    finally:
+        _UNRECORDED.reset(token)
 
 
 @contextmanager
@@ -187,7 +218,12 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _run(
-    recorder: _Recorder, network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], output: Output | None
+    recorder: _Recorder,
+    network: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    output: Output | None,
+    fused: bool,
 ) -> None:
     recorder.enter({"args": args, "kwargs": dict(kwargs)}, "input")
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -202,7 +238,7 @@ def _run(
         unseen = torch.random.fork_rng(devices), torch.inference_mode(False), warnings.catch_warnings()
         with unseen[0], unseen[1], unseen[2], evaluating(network), torch.no_grad(), recorder:
             warnings.simplefilter("ignore")  # of switching a fused kernel off
-            with torch.backends.mkldnn.flags(enabled=False):  # a whole LSTM in one operation
+            with torch.backends.mkldnn.flags(enabled=fused and torch.backends.mkldnn.enabled):
                 result = network(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -228,8 +264,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.record = Record()
         self.kept: dict[int, Tensor] = {}
         self._keep = keep
-        self._seen: dict[int, Value] = {}
-        self._alive: list[Tensor] = []  # so that no address is used twice
+        self._seen: dict[int, tuple[Value, ref[Tensor]]] = {}  # an address is used again after a tensor is gone
         self._places: list[str] = []
         named = {"parameter": network.named_parameters, "buffer": network.named_buffers}
         by_storage: dict[Any, Value] = {}
@@ -242,8 +277,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 key = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride())
                 if key not in by_storage:
                     by_storage[key] = self._new(x, origin)  # type: ignore[arg-type]
-                self._seen[id(x)] = self.record.names[name] = by_storage[key]
-                self._alive.append(x)
+                self.record.names[name] = self._know(x, by_storage[key])
                 if x.device.type != "meta" and x.numel():
                     memory.setdefault(x.untyped_storage()._cdata, {})[name] = x
         self._entangle(memory.values())
@@ -252,9 +286,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Find parameters that share memory and are not the same tensor: no order of one could be the other's."""
         for sharing in memory:
             for (_, x), (other, y) in itertools.permutations(sharing.items(), 2):
-                different = self._seen[id(x)] is not self._seen[id(y)]
-                if different and _first(x) < _last(y) and _first(y) < _last(x):
-                    self.record.entangled.append((self._seen[id(x)], f"shares memory with {other} in another form"))
+                one, two = self.value(x, "parameter"), self.value(y, "parameter")
+                if one is not two and _first(x) < _last(y) and _first(y) < _last(x):
+                    self.record.entangled.append((one, f"shares memory with {other} in another form"))
 
     def enter(self, tree: Any, origin: Origin) -> None:
         """Make the tensors of a tree known."""
@@ -264,10 +298,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def value(self, x: Tensor, origin: Origin) -> Value:
         """The value of a tensor; a new one of that origin where it is unknown."""
-        if id(x) not in self._seen:
-            self._seen[id(x)] = self._new(x, origin)
-            self._alive.append(x)
-        return self._seen[id(x)]
+        known, reference = self._seen.get(id(x), (None, None))
+        if known is not None and reference is not None and reference() is x:
+            return known
+        return self._know(x, self._new(x, origin))
+
+    def _know(self, x: Tensor, value: Value) -> Value:
+        self._seen[id(x)] = value, ref(x)
+        return value
 
     def _new(self, x: Tensor, origin: Origin) -> Value:
         value = Value(len(self.record.values), tuple(x.shape), origin, x.dtype, x.stride(), int(x.storage_offset()))
@@ -290,6 +328,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _UNRECORDED.get():
+            return func(*args, **kwargs)
         schema = func._schema
         taken = {a.name: a.default_value for a in schema.arguments}
         taken |= dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
@@ -303,7 +343,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op = op.removesuffix("_")
         if torch.Tag.inplace_view in func.tags:  # the same object with other axes
             for x in (x for x in tree_leaves(result) if isinstance(x, Tensor)):
-                self._seen[id(x)] = self._new(x, "activation")
+                self._know(x, self._new(x, "activation"))
         outputs = tuple(self.value(x, "activation") for x in tree_leaves(result) if isinstance(x, Tensor))
         self.record.calls.append(Call(op, named, outputs, self._place(), writes or op in BRANCHES))
         return result

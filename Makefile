@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEER_VENV := .venv-peer
 
-.PHONY: demo test test-peer docs bench clean
+.PHONY: demo lint test test-peer docs bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,12 +15,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python demo/run.py
 
-test: $(VENV)/.installed
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+
+test: lint
 	$(BIN)/pytest -n auto --dist loadgroup
 
 $(PEER_VENV)/.installed: constraints.txt

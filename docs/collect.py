@@ -20,7 +20,7 @@ PAGES = {
     ),
     "cifar5x5": (("cifar5x5", "barrier"), ()),
     "pleas": (
-        ("pleas_disjoint", "pleas_domains"),
+        ("pleas_disjoint", "pleas_domains", "pleas_kinds"),
         ("pleas_disjoint-50", "pleas_disjoint-200", "pleas_disjoint-other"),
     ),
     "dimat": (("dimat",), ("dimat-full", "dimat-same", "dimat-dirichlet", "dimat-batch16")),

@@ -18,6 +18,8 @@ from merganser.errors import (
     OutputError,
     ParameterError,
 )
+from merganser.merging import folding
+from merganser.merging.merged import Merged
 from merganser.merging.recipe import Input, Recipe, Slice
 from merganser.merging.run import plan_recipes, run
 from merging_helpers import layered, merged, recipe, refused
@@ -56,6 +58,30 @@ def test_failed_merge_can_go_on(tmp_path: Path) -> None:
     assert len(journal.read_text().splitlines()) > 1
     assert not (tmp_path / "out").exists()
     assert whole.isfinite().all()
+
+
+def test_a_factor_that_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPCM's factor takes a pass over all models; the run that goes on has it to the last bit, and leaves no trace."""
+    family = save_family(tmp_path / "models", 2, names=("large.weight", "norm.weight", "wide.weight"))
+    one = recipe("opcm", family[1:], family[0])
+    whole = run(plan_recipes([one]), tmp_path / "whole", threads=1)
+
+    def fails(merged: Merged, name: str) -> None:
+        del merged
+        raise AssertionError(f"{name} was measured again")
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:  # the factor is measured, and not everything is written
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan_recipes([one]), tmp_path / "out", threads=1, resume=True, progress=stop)
+    assert len(list(tmp_path.glob(".out.partial-*/.measured.json"))) == 1
+    monkeypatch.setattr(folding, "figures", fails)
+    run(plan_recipes([one]), tmp_path / "out", threads=1, resume=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in whole.iterdir()}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_output_inside_an_input_is_refused(family: list[Path]) -> None:

@@ -26,7 +26,7 @@ from merganser.merging.cluster_jobs import Part
 from merganser.merging.cluster_tasks import Handout, Limits, Tasks, threads_of
 from merganser.merging.cluster_work import Each, Work, Written, measure_part, write_part
 from merganser.merging.cluster_worker import Failure
-from merganser.merging.folding import factor, figures, measure, unmeasured
+from merganser.merging.folding import factor, figures, measure, recall, remember, unmeasured
 from merganser.merging.merged import Merged
 from merganser.merging.recipe import Recipe
 from merganser.merging.run import finish, fitting_threads, job_bytes, key_of, open_writer, peak_bytes, plan_any
@@ -68,8 +68,12 @@ def merge_on(
     """
     began = time.perf_counter()
     merged = _planned(recipes)
-    _measure_factors(tasks, recipes, merged, limits)
     with open_writer(merged, out, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as writer:
+        recall(merged, writer.folder)
+        if unmeasured(merged):
+            _measure_factors(tasks, recipes, merged, limits)
+            if resume:
+                remember(merged, writer.folder)
         sizes = {name: moved_bytes(merged, name) for name in writer.infos if name not in writer.done}
         handout, threads = _handout(tasks, merged, sizes, writer.files, limits or Limits(), progress, writer)
         shared = tasks.share(_work(recipes, merged, threads, writer.folder, out))

@@ -3,17 +3,20 @@
     D = f u      f = mean_i |w_i d_i| / |u|      norms over all matrices and vectors; models of weight 0 do not count
 
 The factor is measured before anything is written, so such a method reads and folds everything twice. Sums are exactly
-rounded: no order or thread shows.
+rounded: no order or thread shows. A run that can be gone on with leaves its factors to the next one.
 
 Source: OPCM, arXiv:2501.09522, eq. 9.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import fsum, sqrt
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merganser.continual.kinds import kind_of
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from merganser.merging.held import Rows
     from merganser.merging.merged import Merged
     from merganser.merging.plan import TensorPlan
+
+#: Factors that were measured, in a folder that is being written.
+MEASURED_NAME = ".measured.json"
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,29 @@ def measure(
         found = run_jobs(jobs, threads=threads, progress=onward(progress, before, total))
         stage.factor = factor(stage, found)
         before += size(stage)
+
+
+def remember(merged: Merged, folder: Path) -> None:
+    """Leave the factors of a merge and its stages to the next run of it."""
+    found = [None if stage.factor is None else stage.factor.hex() for stage in merged.stages()]
+    new = folder / f"{MEASURED_NAME}.new"
+    new.write_text(json.dumps(found), "utf-8")
+    os.replace(new, folder / MEASURED_NAME)
+
+
+def recall(merged: Merged, folder: Path) -> None:
+    """Take over the factors that an interrupted run of the same merge left, if it did."""
+    try:
+        found = json.loads((folder / MEASURED_NAME).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return
+    for stage, factor_ in zip(merged.stages(), found, strict=True):
+        stage.factor = None if factor_ is None else float.fromhex(factor_)
+
+
+def forget(folder: Path) -> None:
+    """Remove what `remember` left: the folder is whole."""
+    (folder / MEASURED_NAME).unlink(missing_ok=True)
 
 
 def size(merged: Merged) -> int:

@@ -26,7 +26,7 @@ from merganser.merging.adapter_plan import AdapterMerge, plan_adapters
 from merganser.merging.adapters import parts_of
 from merganser.merging.companions import CARD_NAME, check_companions, write_companions
 from merganser.merging.digested import Digested
-from merganser.merging.folding import measure, onward, size, unmeasured
+from merganser.merging.folding import forget, measure, onward, recall, remember, size, unmeasured
 from merganser.merging.merged import CHUNK_ELEMENTS, Merged
 from merganser.merging.native import read_recipes
 from merganser.merging.plan import make_plan
@@ -154,10 +154,13 @@ def run(
             for name, info in writer.infos.items()
             if name not in writer.done
         ]
+        recall(merged, writer.folder)
         asked = unmeasured(merged)
         first = sum(map(size, asked))
         total = first + sum(job.progress_bytes for job in jobs)
         measure(asked, job_bytes, threads, onward(progress, 0, total))
+        if asked and resume:
+            remember(merged, writer.folder)
         run_jobs(jobs, threads=threads, progress=onward(progress, first, total), kept_bytes=KEPT_BYTES)
         read = {ref: digests_of(source) for ref, source in files_of(merged).items()}
         finish(merged, writer, read, wall_s=time.perf_counter() - began, peak_memory_bytes=peak_memory())
@@ -216,6 +219,7 @@ def finish(
         "peak_bytes": peak_memory_bytes,
         "outputs": writer.digests(),
     }
+    forget(writer.folder)
     writer.commit(receipt, companions)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from support import make_base, save, tune
 
 #: Small enough for several files, each of several tensors.
 SHARD_BYTES = 2500
+#: Seconds after which a test that waits has failed.
+WAIT_S = 60.0
 CONFIG = {"model_type": "bert", "num_hidden_layers": 2, "torch_dtype": "float32"}
 
 
@@ -110,3 +113,13 @@ def half_then_gone(work: Any, part: Part, places: Mapping[str, Place], write: Ca
     data[middle:] = bytes(255 - x for x in data[middle:])
     path.write_bytes(bytes(data))
     return result
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """What a condition gives once it gives something."""
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"waited {WAIT_S} seconds in vain until {what}")

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from merganser.decentral.faults import parse_faults
+from merganser.decentral.folder import Line
 from merganser.decentral.in_process import Network
 from merganser.decentral.ray_crew import RayCrew, on_ray
 from merganser.decentral.ray_member import Patience
 from merganser.decentral.ray_seat import Seats, take_seats
 from merganser.decentral.ray_transport import slack
-from merganser.decentral.rounds import Line, run, together
+from merganser.decentral.rounds import run, together
 from merganser.decentral.snapshot import decode
 from merganser.decentral.words import Limits, RunConfig
 from tiny_agents import TinyLearner

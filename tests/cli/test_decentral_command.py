@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from merganser.checkpoints import open_source
+from merganser.decentral.folder import journal
 from merganser.decentral.page import accuracies, over_seeds, row
-from merganser.decentral.rounds import journal
 from merganser.decentral.shards import shared_out
 from merganser.decentral.torch_learner import TorchLearner
 from merganser.decentral.words import load_config, read_config
@@ -104,6 +104,43 @@ def test_what_cannot_be_run_says_so(tmp_path: Path, run: Run) -> None:
     code, _, error = run("decentral", "show", tmp_path)
     assert code == 2
     assert "holds no run" in error
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder_and_no_trace_in_one_that_is_there(
+    done: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = config_file(tmp_path), tmp_path / "out"
+    for words, says in (
+        (("--faults", "3:0:train:kill"), "a fault of agent 3; there are 3, from 0"),
+        (("--faults", "0:9:publish:nan"), "a fault of agent 0 in round 9, and the last is 2"),
+        (("--seed", 1 << 50), "seed: Input should be less than"),
+        (("limits.snapshot_bytes=100",), "limits.snapshot_bytes is 100, and a snapshot of this model takes"),
+        (("merge.match.data=proxy",), "data.proxy sets no examples aside"),
+        (("topology.kind=hub", "agents=2"), "the graph falls apart"),
+    ):
+        code, said, error = run("decentral", "run", config, *words, "--out", out)
+        assert (code, said) == (2, "")
+        assert says in error
+        assert not out.exists()
+    whole = done / "whole"
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    monkeypatch.setattr("merganser.study.agents.load_examples", pytest.fail)  # it is refused before anything is read
+    for words, says in (((), "holds a run already"), (("--resume", "rounds=3"), "holds a run with other rounds")):
+        code, said, error = run("decentral", "run", done / "config.yaml", *words, "--out", whole)
+        assert (code, said) == (2, "")
+        assert says in error
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert len(json.loads((whole / "inputs.json").read_text())["data"]) == 64
+
+
+def test_a_run_that_has_no_round_yet_is_shown_as_such(done: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes((done / "whole" / "run.json").read_bytes())
+    code, out, error = run("decentral", "show", tmp_path)
+    assert (code, error) == (0, "")
+    assert "No round is done." in out
+    code, _, error = run("decentral", "show", tmp_path, done / "whole")
+    assert code == 2
+    assert "the run small, seed 0, has no round yet" in error
 
 
 def test_a_topology_is_described(run: Run) -> None:

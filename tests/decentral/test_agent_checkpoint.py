@@ -14,7 +14,8 @@ import torch
 from merganser.decentral import checkpoint
 from merganser.decentral.agent import Phase
 from merganser.decentral.checkpoint import Checkpoint
-from merganser.decentral.rounds import journal, run, together
+from merganser.decentral.folder import journal
+from merganser.decentral.rounds import run, together
 from merganser.decentral.snapshot import decode
 from merganser.decentral.words import Limits, RunConfig
 from merganser.errors import OutputError, StateError

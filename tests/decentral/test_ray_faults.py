@@ -17,10 +17,11 @@ import yaml
 
 from command_line import run as run_command  # noqa: F401  # a fixture
 from merganser.decentral import ray_crew
+from merganser.decentral.folder import journal
 from merganser.decentral.in_process import Network
 from merganser.decentral.ray_member import Patience
 from merganser.decentral.ray_seat import Seats
-from merganser.decentral.rounds import journal, run, together
+from merganser.decentral.rounds import run, together
 from merganser.errors import ClusterError, ParameterError
 from ray_agents import (
     WAIT_S,
@@ -51,6 +52,7 @@ pytestmark = [
         {"merge": {"rule": "aligned_once", "every": 2}},
         {"algorithm": "cdsgd", "rounds": 2},
         {"algorithm": "sgp", "rounds": 2, "topology": {"kind": "star"}},
+        {"algorithm": "sgp", "rounds": 1, "topology": {"kind": "one_peer_exponential"}},
         {"algorithm": "centralised", "rounds": 2},
     ],
     ids=str,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from merganser.decentral.agent import Agent
 from merganser.decentral.distances import aligned_distance, consensus_distance
+from merganser.decentral.folder import Line, config_of, journal
 from merganser.decentral.in_process import Network
-from merganser.decentral.rounds import Line, Together, config_of, journal, one_thread, run, together
+from merganser.decentral.rounds import Together, one_thread, run, together
 from merganser.decentral.schedule import Exchange, levels, steps
 from merganser.decentral.snapshot import Snapshot, decode
 from merganser.decentral.topology import topology_of

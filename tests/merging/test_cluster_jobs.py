@@ -8,6 +8,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from cluster_helpers import SHARD_BYTES, InProcess, content, evened, family, half_then_gone, recipe, squares
 from command_line import run as run_command  # noqa: F401  # a fixture
+from documented import make_models
 from merganser.checkpoints.placed import Place
 from merganser.errors import ClusterError, NonFiniteError, OutputError, ParameterError, RefError
 from merganser.merging import cluster_work
@@ -334,10 +336,6 @@ def test_two_phases_are_the_merge_with_what_the_first_one_measured(models: list[
 
 
 def test_adapters_are_merged_by_one_process(tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from documented import make_models
-
     make_models(tmp_path)
     loras = [tmp_path / "models" / f"{name}-lora" for name in ("code", "chat")]
     one = replace(recipe("linear", loras), adapter=AdapterOut(4))
@@ -367,6 +365,33 @@ def test_ray_that_is_missing_is_named_with_the_extra(
     assert code == 2
     assert err == 'ParameterError: --ray needs ray, which is missing\nhint: pip install "merganser[cluster]"\n'
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_taken_and_adapters_are_refused_before_any_process_is_begun(
+    run_command: Run,  # noqa: F811
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("merganser.merging.cluster_ray.connected", lambda *_, **__: pytest.fail("Ray was begun"))
+    words = ("merge", written(models, tmp_path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    for out, more, says in (
+        (tmp_path / "out", (), "out exists"),
+        (tmp_path / "out", ("--overwrite",), "it was not made here"),
+        (models[1] / "out", (), "OutputError"),
+    ):
+        code, _, err = run_command(*words, out, *more, "--ray", "local")
+        assert code == 2
+        assert says in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    make_models(tmp_path)
+    loras = [str(tmp_path / "models" / f"{name}-lora") for name in ("code", "chat")]
+    (tmp_path / "adapters.yaml").write_text(json.dumps({"method": "linear", "models": loras, "adapter": {"rank": 4}}))
+    code, _, err = run_command("merge", tmp_path / "adapters.yaml", tmp_path / "new", "--ray", "local")
+    assert code == 2
+    assert "adapters are merged with each other by one process" in err
 
 
 def test_workers_without_ray_are_refused(run_command: Run, models: list[Path], tmp_path: Path) -> None:  # noqa: F811

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cluster_helpers import SHARD_BYTES, content, evened, family, half_then_gone, recipe, squares
+from cluster_helpers import SHARD_BYTES, WAIT_S, content, evened, family, half_then_gone, recipe, squares, until
 from command_line import run as run_command  # noqa: F401  # a fixture
 from merganser.checkpoints.placed import Place
 from merganser.continual import Fold
@@ -42,8 +41,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its log files open
 ]
 
-#: Seconds after which a test that waits has failed.
-WAIT_S = 60.0
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -86,16 +83,6 @@ def nodes() -> Iterator[TwoNodes]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return family(tmp_path_factory.mktemp("models"))
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """What a condition gives once it gives something."""
-    end = time.monotonic() + WAIT_S
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"waited {WAIT_S} seconds in vain until {what}")
 
 
 def test_no_cluster_at_an_address_is_said_at_once_and_no_address_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,6 +318,14 @@ def test_two_nodes_fold_an_expert_into_the_bytes_of_one_process(
     assert run_command(*words, nodes.address, "--workers", 2) == (0, "", "")
     assert tree(state) == tree(begun / "whole")
     assert len([*state.glob("sums-00002/*.safetensors")]) > 4
+    whole = Fold(shutil.copytree(begun / "whole", tmp_path / "whole"))
+    whole.reweight(models[1].name, 0.5, threads=1, shard_bytes=SHARD_BYTES)
+    more = ("--shard-bytes", SHARD_BYTES, "-q", "--ray", nodes.address)
+    assert run_command("fold", "reweight", state, models[1].name, "0.5", *more) == (0, "", "")
+    assert tree(state) == tree(whole.path)
+    whole.remove(models[1].name, threads=1, shard_bytes=SHARD_BYTES)
+    assert run_command("fold", "remove", state, models[1].name, *more) == (0, "", "")
+    assert tree(state) == tree(whole.path)
 
 
 def test_a_worker_killed_while_it_folds_is_replaced(

@@ -39,6 +39,31 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 FLUSH_BYTES = 1 << 26
 
 
+def refuse_taken(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse a place for a folder that is taken; nothing is written.
+
+    Args:
+        target: where the folder shall be.
+        overwrite: whether a folder that was made here and is there already may be replaced.
+
+    Raises:
+        OutputError: If it may not be, or is not a folder.
+    """
+    try:
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise OutputError(f"{target} exists and is not a folder")
+        if target.exists() and any(target.iterdir()):
+            if not overwrite:
+                hint = "choose another name; merge, export and convert can also --overwrite"
+                raise OutputError(f"{target} exists", hint)
+            if not (target / RECEIPT_NAME).is_file():
+                raise OutputError(f"{target} holds no {RECEIPT_NAME}: it was not made here", "remove it yourself")
+        if target.is_dir() and target.samefile("."):  # its place would be taken by a new folder under its name
+            raise OutputError(f"{target} is the folder that this runs in", "name another, or run it elsewhere")
+    except OSError as error:
+        raise OutputError(f"{target.parent} cannot be written: {error.strerror}") from error
+
+
 class FolderTransaction:
     """A folder that appears at `target` by one rename when `commit` is called, and never otherwise.
 
@@ -58,17 +83,7 @@ class FolderTransaction:
         self.target, self._overwrite = target, overwrite
         self._parents: list[Path] = []
         try:
-            if target.is_symlink() or (target.exists() and not target.is_dir()):
-                raise OutputError(f"{target} exists and is not a folder")
-            if target.exists() and any(target.iterdir()):
-                if not overwrite:
-                    raise OutputError(
-                        f"{target} exists", "choose another name; merge, export and convert can also --overwrite"
-                    )
-                if not (target / RECEIPT_NAME).is_file():
-                    raise OutputError(f"{target} holds no {RECEIPT_NAME}: it was not made here", "remove it yourself")
-            if target.is_dir() and target.samefile("."):  # its place would be taken by a new folder under its name
-                raise OutputError(f"{target} is the folder that this runs in", "name another, or run it elsewhere")
+            refuse_taken(target, overwrite=overwrite)
             self._parents = make_parents(target)
             leftover = adopted(target, resume) if resume is not None else None
             self.resumed = leftover is not None

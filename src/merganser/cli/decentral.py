@@ -16,6 +16,8 @@ from merganser.cli.zoo import Data
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from merganser.study import agents
+
 app = typer.Typer(help="Agents that train on data of their own and merge with their neighbours.", no_args_is_help=True)
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -52,18 +54,22 @@ def run(
     """
     from merganser.decentral.baselines import effective
     from merganser.decentral.faults import parse_faults
+    from merganser.decentral.folder import refuse_held, refuse_others
     from merganser.decentral.rounds import Crew, together
     from merganser.decentral.rounds import run as run_rounds
+    from merganser.decentral.words import read_config
     from merganser.study.agents import Learners
     from merganser.study.agents_page import write_report
     from merganser.study.composing import run_of
 
     words = run_of(config, said or ())
     if seed is not None:
-        words = words.model_copy(update={"seed": seed})
-    plan = parse_faults(faults, words.limits)
-    learners = Learners(words, data)
-    words = effective(words)
+        words = read_config(words.model_dump(mode="json") | {"seed": seed})
+    shared, words = words, effective(words)
+    plan = parse_faults(faults, words.limits, agents=words.agents)
+    refuse_others(words, out, resume=resume)  # before anything is read, or begun
+    refuse_held(out)
+    learners = Learners(shared, data)
     failed: dict[int, str] = {}
     with ExitStack() as stack:
         if ray is None:
@@ -75,8 +81,9 @@ def run(
             stack.enter_context(connected(ray))
             crew = on_cluster = stack.enter_context(on_ray(words, learners, out, faults=plan))
             stack.callback(lambda: failed.update(on_cluster.failures()))
+        plan.refuse_late(len(crew.plan()))
         progress = stack.enter_context(_live(quiet))
-        lines = run_rounds(words, crew, out, resume=resume, progress=progress)
+        lines = run_rounds(words, crew, out, resume=resume, progress=progress, data=_digest(learners))
     write_report(words, lines, out)
     if not quiet:
         _print(lines)
@@ -94,8 +101,8 @@ def show(
     merganser decentral show runs/digits
     merganser decentral show runs/seed-0 runs/seed-1 runs/seed-2
     """
+    from merganser.decentral.folder import config_of, journal
     from merganser.decentral.page import SEEDS_HEADER, cost, outcome, over_seeds, setting
-    from merganser.decentral.rounds import config_of, journal
 
     runs = [(config_of(folder), journal(folder)) for folder in folders]
     if len(runs) == 1:
@@ -149,6 +156,14 @@ def _live(quiet: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
             live.refresh()
 
         yield progress
+
+
+def _digest(learners: agents.Learners) -> str:
+    """Of all examples, however they are shared out."""
+    from merganser.decentral.folder import digest_of
+
+    parts = [x for part in (*learners.shards, learners.test) for x in (part.x, part.y)]
+    return digest_of(parts if learners.proxy is None else [*parts, learners.proxy])
 
 
 def _print(lines: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from merganser.cli.settings import Alpha, Density, Diagonal, Eps, Scale, Set, co
 from merganser.cli.show import console, progress_bar, size
 
 if TYPE_CHECKING:
+    from merganser.continual.ledger import Contributor
     from merganser.continual.passing import Cost
 
 app = typer.Typer(
@@ -131,11 +132,8 @@ def add(
     Several come in together or not at all: the same bits as one by one, in less time.
     """
     from merganser.continual import Fold
-    from merganser.errors import ParameterError
 
-    refuse_workers(workers, ray)
-    if ray is not None and device != "cpu":
-        raise ParameterError(f"--device {device} is for one process", "leave it out, or --ray")
+    _refuse_apart(ray, workers, device)
     fold = Fold(state)
     which: dict[str, Any] = {
         "weight": weight,
@@ -179,13 +177,25 @@ def remove(
     base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
+    shard_bytes: ShardBytes = 5_000_000_000,
+    ray: Ray = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Take an expert out again, as if it had never come. Its file is read once more and must be the same."""
-    from merganser.continual import Fold
-
-    with progress_bar(f"removing {expert}", quiet=quiet) as progress:
-        entry = Fold(state).remove(expert, base=base, device=device, threads=threads, progress=progress)
+    entry = _weighed(
+        state,
+        expert,
+        None,
+        f"removing {expert}",
+        quiet,
+        device,
+        ray,
+        workers,
+        threads,
+        base=base,
+        shard_bytes=shard_bytes,
+    )
     if not quiet:
         console().print(f"{state}: {entry.name} is out")
 
@@ -198,13 +208,25 @@ def reweight(
     base: Base = None,
     device: Device = "cpu",
     threads: Threads = None,
+    shard_bytes: ShardBytes = 5_000_000_000,
+    ray: Ray = None,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Give an expert another weight, as if it had come with it."""
-    from merganser.continual import Fold
-
-    with progress_bar(f"reweighting {expert}", quiet=quiet) as progress:
-        entry = Fold(state).reweight(expert, weight, base=base, device=device, threads=threads, progress=progress)
+    entry = _weighed(
+        state,
+        expert,
+        weight,
+        f"reweighting {expert}",
+        quiet,
+        device,
+        ray,
+        workers,
+        threads,
+        base=base,
+        shard_bytes=shard_bytes,
+    )
     if not quiet:
         console().print(f"{state}: {entry.name} now has weight {entry.weight:g}")
 
@@ -320,6 +342,47 @@ def verify(state: State, base: Base = None, threads: Threads = None) -> None:
         console().print(Text.assemble(status, f"{finding.part}  {finding.detail}"), soft_wrap=True)
     if any(f.needed and f.status != "ok" for f in findings):
         raise typer.Exit(1)
+
+
+def _weighed(
+    state: Path,
+    expert: str,
+    weight: float | None,
+    label: str,
+    quiet: bool,
+    device: str,
+    ray: str | None,
+    workers: int | None,
+    threads: int | None,
+    **which: Any,
+) -> Contributor:
+    """Give an expert another weight, or None, in this process or by a cluster; its entry."""
+    from merganser.continual import Fold
+
+    _refuse_apart(ray, workers, device)
+    fold = Fold(state)
+    if ray is None:
+        with progress_bar(label, quiet=quiet) as progress:
+            how = {"device": device, "threads": threads, "progress": progress, **which}
+            return fold.remove(expert, **how) if weight is None else fold.reweight(expert, weight, **how)
+    from merganser.continual.changing import weighable
+    from merganser.merging.cluster_fold import set_weight_on
+    from merganser.merging.cluster_ray import connected
+    from merganser.merging.cluster_tasks import Limits
+
+    weighable(state, fold.ledger, expert, weight)  # what cannot succeed is refused before any process is begun
+    limits = Limits(workers=workers, threads=threads)
+    with connected(ray, workers=workers, threads=threads) as tasks, progress_bar(label, quiet=quiet) as progress:
+        return set_weight_on(tasks, state, expert, weight, limits=limits, progress=progress, **which)
+
+
+def _refuse_apart(ray: str | None, workers: int | None, device: str) -> None:
+    """Refuse options that belong to one process where a cluster is to do it, and the other way round."""
+    from merganser.errors import ParameterError
+
+    refuse_workers(workers, ray)
+    if ray is not None and device != "cpu":
+        raise ParameterError(f"--device {device} is for one process", "leave it out, or --ray")
 
 
 def _print_cost(cost: Cost, whose: str) -> None:

@@ -60,12 +60,12 @@ def merge(
     memory_bytes = None if memory is None else memory * 1_000_000
     options: dict[str, Any] = {"shard_bytes": shard_bytes, "resume": resume, "overwrite": overwrite}
     if ray is not None:
-        from merganser.merging.cluster import merge_on
+        from merganser.merging.cluster import merge_on, refuse
         from merganser.merging.cluster_ray import connected
         from merganser.merging.cluster_tasks import Limits
 
         limits = Limits(workers=workers, threads=threads, memory_bytes=memory_bytes)
-        plan_any(recipes)  # what cannot succeed is refused before any process is begun
+        refuse(recipes, out, overwrite=overwrite)  # before any process is begun
         with connected(ray, workers=workers, threads=threads) as tasks, progress_bar("merging") as progress:
             merge_on(tasks, recipes, out, limits=limits, progress=progress, **options)
         console().print(f"wrote {out}", soft_wrap=True)

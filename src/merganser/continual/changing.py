@@ -105,6 +105,49 @@ def take_in(
             return _commit(state, ledger, result, contributors, admitted[-1]), tuple(admitted)
 
 
+def weighable(state: Path, ledger: Ledger, expert: str | Path, weight: float | None) -> Contributor:
+    """The entry of an expert that may get another weight, or None.
+
+    Raises:
+        StateError: If it is not in, or the method cannot remove.
+        ParameterError: If the weight is out of range.
+    """
+    if not ledger_kind(ledger).removable:
+        raise StateError(
+            f"{ledger.method} cannot take an expert out of its state: every later step was built on it",
+            "fold the others anew, or use a method of sums: merganser methods",
+        )
+    found = find_entry(ledger, expert, state)
+    if weight is not None:
+        check_weight(ledger, weight)
+    return found
+
+
+def weighing(
+    state: Path,
+    ledger: Ledger,
+    record: BaseRecord,
+    expert: str | Path,
+    weight: float | None,
+    *,
+    base: str | Path | None = None,
+    device: str = "cpu",
+) -> tuple[Pass, Contributor, Contributor]:
+    """A pass that gives an expert another weight, or none, with its entry as it is and with where it is now.
+
+    Raises:
+        StateError: As `weighable`.
+        MerganserError: If the weight is out of range, or the expert or the base cannot be opened.
+    """
+    old = weighable(state, ledger, expert, weight)
+    entry = old if str(expert) == old.name else old.model_copy(update={"ref": absolute_ref(str(expert))})
+    source = open_base(state, ledger, record, base)
+    weights, t = (old.weight, weight or 0.0), len(ledger.contributors)
+    arrival = arrive(record, source, entry, weights=weights, t=t, allow_nonfinite=old.nonfinite)
+    step = Pass(state, ledger, record, ledger_kind(ledger), source, (arrival,), checked_device(device))
+    return step, old, entry
+
+
 def set_weight(state: Path, expert: str | Path, weight: float | None, how: How) -> tuple[Ledger, Contributor]:
     """Give an expert of a state another weight, or take it out.
 
@@ -121,24 +164,12 @@ def set_weight(state: Path, expert: str | Path, weight: float | None, how: How) 
         StateError: If it is not in, its file has changed, or the method cannot remove; the state is as it was.
     """
     with locked(state, write=True) as ledger:
-        if not ledger_kind(ledger).removable:
-            raise StateError(
-                f"{ledger.method} cannot take an expert out of its state: every later step was built on it",
-                "fold the others anew, or use a method of sums: merganser methods",
-            )
-        old = find_entry(ledger, expert, state)
-        others = tuple(c for c in ledger.contributors if c.name != old.name)
-        if weight is not None:
-            check_weight(ledger, weight)
+        known = weighable(state, ledger, expert, weight)
+        others = tuple(c for c in ledger.contributors if c.name != known.name)
         if weight is None and not others:
-            return _commit(state, ledger, None, (), old), old
-        entry = old if str(expert) == old.name else old.model_copy(update={"ref": absolute_ref(str(expert))})
+            return _commit(state, ledger, None, (), known), known
         record = read_base_record(state)
-        source = open_base(state, ledger, record, how.base)
-        weights, t = (old.weight, weight or 0.0), len(ledger.contributors)
-        arrival = arrive(record, source, entry, weights=weights, t=t, allow_nonfinite=old.nonfinite)
-        device = checked_device(how.device)
-        step = Pass(state, ledger, record, ledger_kind(ledger), source, (arrival,), device)
+        step, old, entry = weighing(state, ledger, record, expert, weight, base=how.base, device=how.device)
         result = how.done(step)
         with result.writer:
             (seen,) = result.experts

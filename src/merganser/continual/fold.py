@@ -248,6 +248,7 @@ class Fold:
         base: str | Path | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
         progress: Progress | None = None,
     ) -> Contributor:
         """Take an expert out again, as if it had never come; its file is read once more.
@@ -257,6 +258,7 @@ class Fold:
             base: as for `add`, and so the others.
             device: where the arithmetic runs.
             threads: tensors at a time.
+            shard_bytes: size in bytes at which the next file of the state is begun.
             progress: called as (bytes done, bytes in all).
 
         Returns:
@@ -265,7 +267,7 @@ class Fold:
         Raises:
             StateError: If it is not in, its file has changed, or the method cannot remove; the state is as it was.
         """
-        self.ledger, entry = set_weight(self.path, expert, None, How(base, device, threads, progress))
+        self.ledger, entry = set_weight(self.path, expert, None, How(base, device, threads, progress, shard_bytes))
         return entry
 
     def reweight(
@@ -276,6 +278,7 @@ class Fold:
         base: str | Path | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
         progress: Progress | None = None,
     ) -> Contributor:
         """Give an expert another weight, as if it had come with it; its file is read once more.
@@ -286,6 +289,7 @@ class Fold:
             base: as for `add`, and so the others.
             device: where the arithmetic runs.
             threads: tensors at a time.
+            shard_bytes: size in bytes at which the next file of the state is begun.
             progress: called as (bytes done, bytes in all).
 
         Returns:
@@ -294,7 +298,7 @@ class Fold:
         Raises:
             StateError: As for `remove`.
         """
-        self.ledger, entry = set_weight(self.path, expert, weight, How(base, device, threads, progress))
+        self.ledger, entry = set_weight(self.path, expert, weight, How(base, device, threads, progress, shard_bytes))
         return entry
 
     def cost(

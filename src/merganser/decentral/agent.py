@@ -7,23 +7,25 @@ resumed from its checkpoint does the same again, bit for bit, if it hears the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from merganser.decentral import checkpoint, rules
 from merganser.decentral.baselines import Pushed, combined, pushed_sum, readable
-from merganser.decentral.distances import aligned_distance, consensus_distance
+from merganser.decentral.distances import measured
 from merganser.decentral.learner import Learner, Memory, Tensors
 from merganser.decentral.mailbox import Mailbox
-from merganser.decentral.schedule import Exchange, Step, levels, steps
-from merganser.decentral.seen import Seen, finite, since
-from merganser.decentral.snapshot import Rejected, Snapshot, decode, fingerprint_of, norm_of
-from merganser.decentral.topology import Mixing, topology_of
+from merganser.decentral.partners import Partners
+from merganser.decentral.schedule import Exchange, Step, steps
+from merganser.decentral.seen import Seen, since
+from merganser.decentral.snapshot import Rejected, Snapshot, data_bytes, decode, fingerprint_of, norm_of, refuse_above
+from merganser.decentral.topology import Topology, topology_of
 from merganser.decentral.transport import Traffic, Transport
 from merganser.decentral.words import Limits, RunConfig
 from merganser.errors import ParameterError, StateError
@@ -57,9 +59,11 @@ class Agent:
         folder: for its checkpoints; without one it keeps none.
         hook: called when a phase begins.
         tamper: changes what it publishes.
+        topology: of the run, where it was made already.
 
     Raises:
-        ParameterError: If there is no such agent, or the rule compares units and the learner cannot.
+        ParameterError: If there is no such agent, the rule compares units and the learner cannot, or all that it
+            sends would be refused for its size.
     """
 
     def __init__(
@@ -72,15 +76,15 @@ class Agent:
         folder: Path | None = None,
         hook: Hook | None = None,
         tamper: Tamper | None = None,
+        topology: Topology | None = None,
     ) -> None:
         if not 0 <= number < config.agents:
             raise ParameterError(f"agent {number} of {config.agents}; agents are counted from 0")
         self.number, self.config, self.learner, self.transport = number, config, learner, transport
         self.folder, self.hook, self.tamper = folder, hook, tamper
-        self.topology = topology_of(config.topology, config.agents)
-        self.parents = self.topology.parents()
-        self.level = levels(self.parents)
-        self.incarnation = 0 if folder is None else checkpoint.started(folder)
+        self.topology = topology or topology_of(config.topology, config.agents)
+        self.partners = Partners(number, self.topology)
+        self.parents = self.partners.parents
         state = learner.state()
         self.pushed = Pushed(state) if config.algorithm == "sgp" else None
         self.anchor: Tensors | None = state if config.same_start else None
@@ -93,8 +97,15 @@ class Agent:
         self._arrived: dict[int, Tensors] = {}
         self._before: Tensors = {}
         self._traffic, self._refused = Traffic(), 0
-        if config.algorithm == "merge" and config.merge.rule.startswith("aligned") and learner.aligner() is None:
+        if config.merge.matches and learner.aligner() is None:
             raise ParameterError(f"merge.rule is {config.merge.rule}, and the learner of agent {number} aligns nothing")
+        if self.parents and config.exchanges:
+            refuse_above(config.limits, data_bytes(sent, config.codec))
+
+    @cached_property
+    def incarnation(self) -> int:
+        """How many times it was started before; a start is counted when this is first asked."""
+        return 0 if self.folder is None else checkpoint.started(self.folder)
 
     # the run
 
@@ -108,7 +119,7 @@ class Agent:
         Args:
             batches: of a round, the same for all agents; for algorithms that exchange with every batch.
         """
-        self.steps = steps(self.config, depth=max(self.level.values()), batches=batches)
+        self.steps = steps(self.config, depth=max(self.partners.level.values()), batches=batches)
         return self.steps
 
     def do(self, phase: Phase, number: int) -> None:
@@ -165,7 +176,7 @@ class Agent:
     def collect(self, step: Step) -> None:
         """Take what arrived, and tell whose it was."""
         self._arrived = {}
-        peers = self._speakers(step)
+        peers = self.partners.speakers(step)
         if not peers:
             return
         with self._seen.timed("merge"):
@@ -173,13 +184,18 @@ class Agent:
             oldest = None if waits else self.config.max_staleness
             got = self.transport.collect(step.number, peers, deadline_s=self.config.deadline_s, max_staleness=oldest)
             norm = norm_of(self._sent(step))
+            own = norm if isfinite(norm) else 0.0  # what diverged is no measure of others
             for peer in sorted(got):
-                snapshot = self.mailbox.receive(peer, got[peer], round=step.number, own_norm=norm, max_staleness=oldest)
+                snapshot = self.mailbox.receive(peer, got[peer], round=step.number, own_norm=own, max_staleness=oldest)
                 if snapshot is not None:
                     self._arrived[peer] = snapshot.tensors
+            if step.exchange is Exchange.PUSH:
+                self._arrived = {j: self._arrived[j] for j in readable(self._arrived)}
             if self._settles(step):
-                accepted = list(self._arrived) if self.placed else []
-                self.transport.acknowledge(step.number, accepted, peers)
+                partners = self.partners.all(step)
+                unheard = [j for j in partners if j not in peers]  # it pushes to them alone: the word is theirs
+                accepted = [*self._arrived, *unheard] if self.placed else []
+                self.transport.acknowledge(step.number, accepted, partners)
 
     def merge(self, step: Step) -> None:
         """Make one model of its own and those whose edges count."""
@@ -192,14 +208,14 @@ class Agent:
                 return
             if step.exchange is Exchange.ORDER:
                 return
-            peers = self._speakers(step)
+            peers, counted = self.partners.all(step), tuple(models)
             if self._settles(step):
                 counted = self.transport.confirmed(step.number, peers, deadline_s=self.config.deadline_s)
                 models = {j: x for j, x in models.items() if j in counted}
             self._seen.peers = list(models)
-            self._seen.missing += len(peers) - len(models)
+            self._seen.missing += len(peers) - len(counted)
             if step.exchange is Exchange.PUSH:
-                self._merge_pushed(step, models)
+                self._merge_pushed(step, models, counted)
             else:
                 self._merge_models(step, models)
 
@@ -281,8 +297,8 @@ class Agent:
         return {"agent": self.number, "incarnation": self.incarnation, "placed": self.placed, **seen}
 
     def encoded(self) -> bytes:
-        """Its model as it is now, for whoever watches the run; not counted as sent."""
-        return Snapshot(self.config.name, self.number, self.incarnation, 0, self.learner.state()).encode()
+        """Its model as it is now, for whoever watches the run, however often it was started; not counted as sent."""
+        return Snapshot(self.config.name, self.number, 0, 0, self.learner.state()).encode()
 
     def distances(self, models: Sequence[bytes], *, aligned: bool = True) -> dict[str, float | None]:
         """Consensus distance of all agents' models, raw and with their units in the order of the first one's.
@@ -292,18 +308,14 @@ class Agent:
             aligned: whether to match units, by the data that this agent compares units by.
 
         Returns:
-            "raw" and "aligned"; None for what cannot be said, as where a model is not finite.
+            "raw" and "aligned"; None for what cannot be said, as where a model is not finite or is another network.
         """
         limits = Limits(snapshot_bytes=max(map(len, models)))
         try:
             states = [decode(model, limits).tensors for model in models]
         except Rejected:  # one of them is not finite
             return {"raw": None, "aligned": None}
-        aligner = self.learner.aligner() if aligned else None
-        return {
-            "raw": finite(consensus_distance(states)),
-            "aligned": None if aligner is None else finite(aligned_distance(states, aligner)),
-        }
+        return measured(states, self.learner.aligner() if aligned else None, needed=self.config.merge.matches)
 
     # inside
 
@@ -317,31 +329,12 @@ class Agent:
         self.learner.load(before)
         return found
 
-    def _mixing(self, step: Step) -> Mixing:
-        n = self.config.agents
-        return Mixing(np.full((n, n), 1 / n)) if step.everybody else self.topology.at(step.at)
-
     def _listeners(self, step: Step) -> tuple[int, ...]:
-        if step.exchange is Exchange.NONE or not self.placed:
-            return ()
-        if step.exchange is Exchange.ORDER:
-            return tuple(c for c, p in self.parents.items() if p == self.number and self.level[c] == step.level)
-        if step.exchange is Exchange.PUSH:
-            return self.topology.pushing(step.at).receivers(self.number)
-        return self._mixing(step).neighbours(self.number)
-
-    def _speakers(self, step: Step) -> tuple[int, ...]:
-        if step.exchange is Exchange.NONE:
-            return ()
-        if step.exchange is Exchange.ORDER:
-            return (self.parents[self.number],) if self.level[self.number] == step.level else ()
-        if step.exchange is Exchange.PUSH:
-            return self.topology.pushing(step.at).senders(self.number)
-        return self._mixing(step).neighbours(self.number)
+        return self.partners.listeners(step) if self.placed else ()
 
     def _settles(self, step: Step) -> bool:
         """Whether an edge counts only if both ends say so."""
-        return self.config.mode == "sync" and step.exchange in (Exchange.MERGE, Exchange.MIX)
+        return self.config.mode == "sync" and step.exchange in (Exchange.MERGE, Exchange.MIX, Exchange.PUSH)
 
     def _sent(self, step: Step) -> Tensors:
         if self.pushed is not None:
@@ -349,7 +342,7 @@ class Agent:
         return self._before if step.exchange is Exchange.MIX else self.learner.state()
 
     def _merge_models(self, step: Step, models: Mapping[int, Tensors]) -> None:
-        merge, row = self.config.merge, self._mixing(step).row(self.number, list(models))
+        merge, row = self.config.merge, self.partners.mixing(step).row(self.number, list(models))
         if step.exchange is Exchange.MIX:
             known = {**models, self.number: self._before}
             self.learner.load(combined(self.number, known, row, self.learner.state()))
@@ -362,7 +355,7 @@ class Agent:
             self._seen.matches += matches.values()
         if merge.rule == "soft":
             assert merge.own is not None
-            merged = rules.soft(self.number, every, row, merge.own)
+            merged = rules.soft(self.number, every, row, 0.0 if step.everybody else merge.own)
         elif merge.rule == "model_stock":
             merged = rules.model_stock(self.number, every, row, self.anchor)
             self.anchor = merged if models else self.anchor
@@ -370,11 +363,11 @@ class Agent:
             merged = rules.plain(self.number, every, row)
         self.learner.load(merged)
 
-    def _merge_pushed(self, step: Step, models: Mapping[int, Tensors]) -> None:
+    def _merge_pushed(self, step: Step, models: Mapping[int, Tensors], counted: Collection[int]) -> None:
         assert self.pushed is not None
-        shares = self.topology.pushing(step.at).shares[self.number]
+        pushing = self.topology.pushing(step.at)
         received = {self.number: self.pushed, **readable(models)}
-        self.pushed = pushed_sum(self.number, received, {j: float(shares[j]) for j in received})
+        self.pushed = pushed_sum(self.number, received, pushing.row(self.number, received, counted))
         self.learner.load(self.pushed.model())
 
     def _take_order(self, models: Mapping[int, Tensors]) -> None:

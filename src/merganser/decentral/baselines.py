@@ -5,7 +5,9 @@
 
 u_i is what the agent's own optimizer adds for a batch, whatever optimizer it is, so that all algorithms have the same
 one. Columns of p sum to 1, rows need not: without the weight y an agent that is given much would count for more than
-one, and z would not be a mean. An isolated agent exchanges nothing; a centralised one has everybody's data.
+one, and z would not be a mean. The mean of y over agents is 1 and must stay so, since a step counts 1 / y times in z: a
+share that does not arrive stays with its sender, and both ends settle that as they do for merges. An isolated agent
+exchanges nothing; a centralised one has everybody's data.
 
 Sources: Jiang et al. 2017, arXiv:1706.07880, algorithm 1; Assran et al. 2019, arXiv:1811.10792, algorithm 1.
 """
@@ -118,7 +120,7 @@ def readable(received: Mapping[int, Tensors]) -> dict[int, Pushed]:
 def pushed_sum(own: int, received: Mapping[int, Pushed], shares: Mapping[int, float]) -> Pushed:
     """SGP: shares of numerators and weights, added up.
 
-    A share that was lost takes its part of numerator and weight with it, so z is a weighted mean all the same.
+    Whatever shares are given, z is a weighted mean; that what is lost stays with its sender is for them to say.
 
     Args:
         own: number of the agent.

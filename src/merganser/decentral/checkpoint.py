@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from merganser.checkpoints.safetensors_file import SafetensorsFile
+from merganser.decentral.durable import write
 from merganser.decentral.words import RunConfig
-from merganser.errors import CheckpointError, MerganserError, OutputError, StateError
+from merganser.errors import CheckpointError, MerganserError, StateError
 from merganser.numerics import DTYPE_NAMES, raw_bytes
 
 #: How many are kept.
@@ -51,7 +51,7 @@ def save(folder: Path, number: int, kept: Checkpoint) -> Path:
         OutputError: If it cannot be written; those that were there are as they were.
     """
     path = _path(folder, number)
-    _replace(path, _packed(kept))
+    write(path, _packed(kept))
     for old in numbers(folder)[:-KEPT]:
         _path(folder, old).unlink(missing_ok=True)
     return path
@@ -111,7 +111,7 @@ def started(folder: Path) -> int:
         before = int(path.read_text("ascii"))
     except (OSError, ValueError):
         before = 0
-    _replace(path, str(before + 1).encode())
+    write(path, str(before + 1).encode())
     return before
 
 
@@ -145,24 +145,3 @@ def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
         found.update(json.dumps([name, DTYPE_NAMES[x.dtype], list(x.shape)]).encode())
         found.update(raw_bytes(x))
     return found.hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}", "make room, and run again with --resume"
-        ) from error

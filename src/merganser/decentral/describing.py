@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import log
 
-from merganser.decentral.topology import Mixing, Topology
+from merganser.decentral.topology import TOLERANCE, Mixing, Topology
 
 #: Largest number of agents whose weights are shown as a table; above it each has a line.
 TABLE_AGENTS = 16
@@ -48,6 +48,8 @@ def describe(topology: Topology, *, rounds: int | None = None) -> str:
 def _pace(lambda2: float) -> str:
     if lambda2 == 0:
         return ": agents agree after a period"
+    if lambda2 >= 1 - TOLERANCE:
+        return ": disagreement does not shrink"
     return f": disagreement falls to a tenth in {log(0.1) / log(lambda2):.1f} rounds"
 
 

@@ -9,13 +9,15 @@ large though their functions may be alike; the aligned one says which.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from merganser.align.costs import is_statistic
 from merganser.decentral.learner import Aligner, Match, Tensors
-from merganser.errors import ParameterError
+from merganser.decentral.snapshot import fingerprint_of
+from merganser.errors import MerganserError, ParameterError
 
 
 def consensus_distance(models: Sequence[Tensors]) -> float:
@@ -64,6 +66,40 @@ def aligned_distance(models: Sequence[Tensors], aligner: Aligner) -> float:
         for match, model in zip(found, others, strict=True)
     ]
     return consensus_distance([first, *moved])
+
+
+def measured(models: Sequence[Tensors], aligner: Aligner | None, *, needed: bool = True) -> dict[str, float | None]:
+    """Both distances, for a journal.
+
+    Args:
+        models: of all agents.
+        aligner: compares units, if anything does.
+        needed: whether it must be able to; otherwise a network whose units it cannot compare has no aligned distance.
+
+    Returns:
+        "raw" and "aligned"; None for what cannot be said.
+
+    Raises:
+        MerganserError: If units are to be compared and cannot be.
+    """
+    if len({fingerprint_of(model) for model in models}) > 1:
+        return {"raw": None, "aligned": None}
+    try:
+        aligned = None if aligner is None else aligned_distance(models, aligner)
+    except MerganserError:
+        if needed:
+            raise
+        aligned = None
+    return {"raw": finite(consensus_distance(models)), "aligned": None if aligned is None else finite(aligned)}
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and infinity, which JSON does not have.
+
+    >>> finite(1.5), finite(float("nan"))
+    (1.5, None)
+    """
+    return value if isfinite(value) else None
 
 
 def fixed_fraction(order: Tensor) -> float:

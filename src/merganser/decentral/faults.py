@@ -76,6 +76,22 @@ class FaultPlan:
                 payload = spoiled(payload, fault.action, self.limits)
         return payload
 
+    def refuse_late(self, steps: int) -> None:
+        """Refuse a plan of which something would never happen.
+
+        Args:
+            steps: that the run has; a fault's round is the number of one.
+
+        Raises:
+            ParameterError: Names the first fault that is past the last.
+        """
+        for fault in self.faults:
+            if fault.round >= steps:
+                raise ParameterError(
+                    f"the plan has a fault of agent {fault.agent} in round {fault.round}, and the last is {steps - 1}",
+                    "messages and checkpoints are counted from 0, and taking orders over counts, too",
+                )
+
     def left(self, agent: int, incarnation: int) -> FaultPlan:
         """The plan of an agent that was started again: every earlier incarnation used up one of its kills.
 

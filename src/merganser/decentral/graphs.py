@@ -157,9 +157,12 @@ def read_graph(path: Path, agents: int) -> tuple[list[Edge], NDArray[np.float64]
 
 
 def _matrix(value: Any, agents: int, where: str) -> NDArray[np.float64]:
+    rows = value if isinstance(value, list) and all(isinstance(row, list) for row in value) else [[None]]
+    if not all(type(entry) in (int, float) for row in rows for entry in row):
+        raise ParameterError(f"{where} is not a matrix of numbers")
     try:
-        matrix = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
+        matrix = np.array(rows, dtype=np.float64)
+    except (ValueError, OverflowError):
         raise ParameterError(f"{where} is not a matrix of numbers") from None
     if matrix.shape != (agents, agents):
         raise ParameterError(f"{where} has shape {matrix.shape}; {agents} agents need ({agents}, {agents})")

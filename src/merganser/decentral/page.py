@@ -136,14 +136,14 @@ def over_seeds(runs: Sequence[tuple[RunConfig, Sequence[Line]]]) -> list[tuple[s
     found: list[tuple[str, ...]] = []
     for group in groups.values():
         last = min(len(lines) for _, lines in group) - 1
-        values = [accuracies(lines[last], "merged") for _, lines in group]
+        values = [v for v in (accuracies(lines[last], "merged") for _, lines in group) if v]
         means = [statistics.fmean(v) for v in values]
         within = [statistics.stdev(v) for v in values if len(v) > 1]
         found.append(
             (
-                f"{group[0][0].name}, round {last}",
+                f"{group[0][0].name}, round {group[0][1][last]['round']}",
                 ", ".join(str(config.seed) for config, _ in group),
-                f"{statistics.fmean(means):.1f}",
+                f"{statistics.fmean(means):.1f}" if means else "",
                 f"± {statistics.fmean(within):.1f}" if within else "",
                 f"± {statistics.stdev(means):.1f}" if len(means) > 1 else "",
                 size(statistics.fmean([sent_bytes(lines[: last + 1]) for _, lines in group])),

@@ -31,6 +31,7 @@ from merganser.decentral.ray_transport import ray_module, slack
 from merganser.decentral.schedule import Exchange, Step
 from merganser.decentral.seen import Seen
 from merganser.decentral.snapshot import Snapshot
+from merganser.decentral.topology import topology_of
 from merganser.decentral.transport import Traffic
 from merganser.decentral.words import RunConfig
 from merganser.errors import ClusterError, ParameterError
@@ -64,15 +65,16 @@ def on_ray(
         seats: processes to use, at least as many as agents, which outlive the context; by default new ones.
 
     Raises:
-        ParameterError: If Ray is not installed, or there are fewer processes than agents.
+        ParameterError: If Ray is not installed, there are fewer processes than agents, or the graph is none.
         ClusterError: If this process is connected to no cluster, or an agent's process cannot be started.
     """
     config = effective(config)
     if seats is not None and len(seats.agents) < config.agents:
         raise ParameterError(f"{len(seats.agents)} processes for {config.agents} agents")
+    topology = topology_of(config.topology, config.agents)
     taken = seats or take_seats(config.agents)
     try:
-        post = Post(config, make, folder.resolve(), faults or FaultPlan(), taken.boxes, lost)
+        post = Post(config, make, folder.resolve(), faults or FaultPlan(), taken.boxes, lost, topology)
         yield RayCrew(post, taken.agents[: config.agents], aligned=aligned, patience=patience or Patience())
     finally:
         if seats is None:

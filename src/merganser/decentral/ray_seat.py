@@ -22,6 +22,7 @@ from merganser.decentral.learner import Learner
 from merganser.decentral.ray_transport import Box, RayTransport, ray_module
 from merganser.decentral.rounds import one_thread
 from merganser.decentral.schedule import Step
+from merganser.decentral.topology import Topology
 from merganser.decentral.words import RunConfig
 from merganser.errors import ClusterError, MerganserError
 
@@ -40,6 +41,7 @@ class Post:
         faults: on purpose.
         boxes: handles of the boxes.
         lost: says which messages get lost.
+        topology: of the run; a file that says it is read by who began the run, where its name means something.
     """
 
     config: RunConfig
@@ -48,6 +50,7 @@ class Post:
     faults: FaultPlan
     boxes: tuple[Any, ...]
     lost: Lost | None = None
+    topology: Topology | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class Seat:
         self._agent, config = None, post.config
         transport = RayTransport(number, post.boxes, send_s=config.deadline_s, lost=post.lost)
         folder = post.folder / f"agent-{number}"
-        self._agent = agent = Agent(number, config, post.make(number), transport, folder=folder)
+        self._agent = agent = Agent(number, config, post.make(number), transport, folder=folder, topology=post.topology)
         plan = post.faults.left(number, agent.incarnation)
         agent.hook, agent.tamper = plan.hook, plan.tamper
         return agent

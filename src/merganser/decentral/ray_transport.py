@@ -140,8 +140,8 @@ class RayTransport:
         self._ray = ray_module()
         self._agent, self._boxes, self._send_s, self._lost = agent, boxes, send_s, lost
         self._traffic = Traffic()
-        #: Round of the last collected snapshots, and when each of them had arrived.
-        self._arrived: tuple[int, dict[int, float]] = (-1, {})
+        #: Round of the last collected snapshots, when each of them had arrived, and when they were collected.
+        self._arrived: tuple[int, dict[int, float], float] = (-1, {}, 0.0)
         self._accepted: set[int] = set()
 
     @property
@@ -173,7 +173,7 @@ class RayTransport:
         except self._ray.exceptions.RayError:
             found = {}
         now = time.monotonic()
-        self._arrived = round, {peer: now - age for peer, (_, age) in found.items()}
+        self._arrived = round, {peer: now - age for peer, (_, age) in found.items()}, now
         return {peer: payload for peer, (payload, _) in found.items()}
 
     def acknowledge(self, round: int, accepted: Collection[int], peers: Sequence[int]) -> None:
@@ -188,10 +188,13 @@ class RayTransport:
         )
 
     def confirmed(self, round: int, peers: Sequence[int], *, deadline_s: float) -> tuple[int, ...]:
-        """Those peers with whom the edge counts; asks about those that it accepted, as no other edge can count."""
-        arrived = self._arrived[1] if self._arrived[0] == round else {}
+        """Those peers with whom the edge counts; asks about those that it accepted, as no other edge can count.
+
+        Who sends it nothing, and is sent something, has its time from when the others' snapshots were collected.
+        """
+        _, arrived, since = self._arrived if self._arrived[0] == round else (round, {}, 0.0)
         end = deadline_s + slack(deadline_s) - time.monotonic()
-        patience = {peer: max(0.0, arrived.get(peer, 0.0) + end) for peer in peers if peer in self._accepted}
+        patience = {peer: max(0.0, arrived.get(peer, since) + end) for peer in peers if peer in self._accepted}
         tasks = [
             self._boxes[at].settle.remote(round, self._agent, {peer: patience[peer] for peer in mine})
             for at, mine in self._by_box(patience, self._keeper).items()

@@ -7,11 +7,10 @@ sound checkpoint, and forgets lines and checkpoints of later ones: they come aga
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +19,15 @@ import torch
 from merganser.decentral import checkpoint
 from merganser.decentral.agent import Agent, Hook, Phase, Tamper
 from merganser.decentral.baselines import effective
+from merganser.decentral.durable import append, write
+from merganser.decentral.folder import JOURNAL, Line, claimed, inputs_of, text_of
 from merganser.decentral.in_process import Network
 from merganser.decentral.learner import Learner
 from merganser.decentral.schedule import Step
+from merganser.decentral.topology import topology_of
 from merganser.decentral.words import RunConfig
-from merganser.errors import OutputError, StateError
+from merganser.errors import StateError
 
-JOURNAL = "journal.jsonl"
-CONFIG = "run.json"
-#: One round as the journal has it.
-Line = dict[str, Any]
 Progress = Callable[[Line], None]
 
 
@@ -97,6 +95,7 @@ class Together:
 
     def work(self, number: int) -> None:
         """Have all do a step, but for its checkpoint."""
+        _ = [agent.incarnation for agent in self.agents]  # a start counts from its first step on
         if number == 0:  # checkpoints of a run that is not gone on with
             for agent in self.agents:
                 if agent.folder is not None:
@@ -149,6 +148,7 @@ def together(
     """
     config = effective(config)
     network = network or Network(config.agents)
+    topology = topology_of(config.topology, config.agents)
     agents = [
         Agent(
             i,
@@ -158,6 +158,7 @@ def together(
             folder=None if folder is None else folder / f"agent-{i}",
             hook=hook,
             tamper=tamper,
+            topology=topology,
         )
         for i in range(config.agents)
     ]
@@ -165,7 +166,13 @@ def together(
 
 
 def run(
-    config: RunConfig, crew: Crew, folder: Path, *, resume: bool = False, progress: Progress | None = None
+    config: RunConfig,
+    crew: Crew,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    data: str | None = None,
 ) -> list[Line]:
     """Do all rounds that are left.
 
@@ -175,21 +182,30 @@ def run(
         folder: for the journal and, at the end, `models/agent-NUMBER.safetensors`.
         resume: go on with the run that the folder holds, if it holds one.
         progress: called with every line of the journal when it is written.
+        data: digest of the examples; a run is gone on with on the same ones only.
 
     Returns:
         All lines, those of earlier parts of the run among them.
 
     Raises:
-        StateError: If the folder holds a run and this is not to resume it, or holds one with another configuration.
+        StateError: If the folder holds a run and this is not to resume it, or holds one with another configuration,
+            graph or examples, or whose journal lacks a round; or if another process is working on it.
         OutputError: If the journal or a checkpoint cannot be written.
     """
-    lines = _claim(config, folder, resume=resume)
+    known = effective(config)
+    inputs = inputs_of(topology_of(known.topology, known.agents), data)
+    with claimed(config, folder, resume=resume, inputs=inputs) as lines:
+        return _run(crew, folder, lines, resume=resume, progress=progress)
+
+
+def _run(crew: Crew, folder: Path, lines: list[Line], *, resume: bool, progress: Progress | None) -> list[Line]:
     steps = crew.plan()
     done = _common(crew.kept()) if resume else None
-    if done is not None:
-        crew.resume(done)
     lines = [line for line in lines if done is not None and line["step"] <= done]
-    _write(folder / JOURNAL, "".join(map(_text, lines)))
+    if done is not None:
+        _refuse_holes(folder, steps, done, lines)
+        crew.resume(done)
+    write(folder / JOURNAL, "".join(map(text_of, lines)))
     began = time.perf_counter()
     for step in steps[0 if done is None else done + 1 :]:
         crew.work(step.number)
@@ -204,44 +220,13 @@ def run(
             }
             began = time.perf_counter()
             lines.append(line)
-            _append(folder / JOURNAL, _text(line))
+            append(folder / JOURNAL, text_of(line))
             crew.keep(step.number)
             if progress is not None:
                 progress(line)
     for i, model in enumerate(crew.models()):
-        _write(folder / "models" / f"agent-{i}.safetensors", model)
+        write(folder / "models" / f"agent-{i}.safetensors", model)
     return lines
-
-
-def journal(folder: Path) -> list[Line]:
-    """The lines of a run's journal; one that was cut off does not count.
-
-    Raises:
-        StateError: If the folder holds no run.
-    """
-    try:
-        text = (folder / JOURNAL).read_text("utf-8")
-    except OSError as error:
-        raise StateError(f"{folder} holds no run: {JOURNAL}: {error.strerror}") from error
-    found = []
-    for line in text.split("\n")[:-1]:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
-
-
-def config_of(folder: Path) -> RunConfig:
-    """The configuration of the run that a folder holds.
-
-    Raises:
-        StateError: If it holds none.
-    """
-    try:
-        return RunConfig.model_validate_json((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{folder} holds no run: {CONFIG}: {error}") from error
 
 
 @contextmanager
@@ -255,46 +240,23 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _claim(config: RunConfig, folder: Path, *, resume: bool) -> list[Line]:
-    """Write down whose folder this is; lines of the journal that is there."""
-    path = folder / CONFIG
-    if not path.is_file():
-        _write(path, config.model_dump_json(indent=1) + "\n")
-        return []
-    known = config_of(folder)
-    if not resume:
-        raise StateError(f"{folder} holds a run already", "go on with it by --resume, or name another folder")
-    if known.model_copy(update={"deadline_s": config.deadline_s}) != config:
-        changed = [name for name in type(config).model_fields if getattr(known, name) != getattr(config, name)]
-        raise StateError(f"{folder} holds a run with other {', '.join(changed)}", "name another folder")
-    return journal(folder) if (folder / JOURNAL).is_file() else []
-
-
 def _common(kept: Sequence[Sequence[int]]) -> int | None:
     """The newest step that all agents can go on from."""
     shared = set(kept[0]).intersection(*kept[1:])
     return max(shared, default=None)
 
 
-def _text(line: Line) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"
+def _refuse_holes(folder: Path, steps: Sequence[Step], done: int, lines: Sequence[Line]) -> None:
+    """Refuse to go on from a step if the journal does not tell of all rounds up to it, each once.
 
-
-def _append(path: Path, text: str) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    Raises:
+        StateError: Names the first that is missing.
+    """
+    ends = [(step.number, step.round) for step in steps if step.last and step.number <= done]
+    told = [(line["step"], line["round"]) for line in lines]
+    if told != ends:
+        missing = next((end[1] for end, at in zip_longest(ends, told) if end is not None and end != at), "that it has")
+        raise StateError(
+            f"{folder / JOURNAL} does not tell of round {missing} once, and all agents have kept step {done}",
+            "put the journal back from a copy, or name another folder",
+        )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from merganser.decentral.distances import by_group, mean_correlation, mean_fixed
+from merganser.decentral.distances import by_group, finite, mean_correlation, mean_fixed
 from merganser.decentral.learner import Match
 from merganser.decentral.mailbox import Refused
 from merganser.decentral.transport import Traffic
@@ -63,9 +63,9 @@ class Seen:
             "missing": self.missing,
             "sent": {"snapshots": sent.snapshots, "bytes": sent.snapshot_bytes},
             "rejected": dict(sorted(rejected.items())),
-            "fixed": mean_fixed(self.matches),
-            "correlation": mean_correlation(self.matches),
-            "groups": {name: list(pair) for name, pair in by_group(self.matches).items()},
+            "fixed": _finite(mean_fixed(self.matches)),
+            "correlation": _finite(mean_correlation(self.matches)),
+            "groups": {name: [finite(value) for value in pair] for name, pair in by_group(self.matches).items()},
             "seconds": dict(self.seconds),
         }
 
@@ -79,10 +79,9 @@ def since(before: Traffic, now: Traffic) -> Traffic:
     )
 
 
-def finite(value: float) -> float | None:
-    """The value, or None for NaN and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
-
-
 def _finite_all(values: Mapping[str, float] | None) -> dict[str, float | None] | None:
     return None if values is None else {name: finite(value) for name, value in values.items()}
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None else finite(value)

@@ -116,6 +116,31 @@ def norm_of(tensors: Mapping[str, Tensor]) -> float:
     return sqrt(sum(sum_of_squares(x.detach()) for _, x in sorted(tensors.items()) if x.is_floating_point()))
 
 
+def data_bytes(tensors: Mapping[str, Tensor], codec: Codec) -> int:
+    """Bytes that the tensors of a snapshot take, without its header.
+
+    >>> data_bytes({"x": torch.zeros(3), "n": torch.tensor(1)}, "bf16")
+    14
+    """
+    narrow = codec == "bf16"
+    sizes = (2 if narrow and DTYPE_NAMES[x.dtype] in NARROWED else x.element_size() for x in tensors.values())
+    return sum(x.numel() * size for x, size in zip(tensors.values(), sizes, strict=True))
+
+
+def refuse_above(limits: Limits, size: int) -> None:
+    """Refuse to send what everybody would refuse to take.
+
+    Raises:
+        ParameterError: If the size is above the limit.
+    """
+    if size > limits.snapshot_bytes:
+        raise ParameterError(
+            f"limits.snapshot_bytes is {limits.snapshot_bytes:,}, and a snapshot of this model takes {size:,} bytes: "
+            "every one would be refused",
+            f"limits.snapshot_bytes={max(2 * size, 1 << 20)}",
+        )
+
+
 def encode(snapshot: Snapshot) -> bytes:
     """As `Snapshot.encode`."""
     if min(snapshot.sender, snapshot.incarnation, snapshot.round) < 0:

@@ -147,6 +147,22 @@ class Pushing:
 
     shares: Matrix
 
+    def row(self, agent: int, received: Iterable[int], counted: Collection[int]) -> dict[int, float]:
+        """What an agent takes of itself and of those whose shares arrived.
+
+        A share that did not arrive stays with who gave it, so that numerators and weights keep their sums.
+
+        Args:
+            agent: whose.
+            received: of whom, itself among them.
+            counted: those whose edge with the agent counts, in whatever direction.
+
+        >>> Pushing(np.array([[0.5, 0.5], [0.5, 0.5]])).row(0, [0], ())
+        {0: 1.0}
+        """
+        kept = fsum(self.shares[j, agent] for j in (agent, *self.receivers(agent)) if j == agent or j not in counted)
+        return {j: float(kept if j == agent else self.shares[agent, j]) for j in received}
+
     def receivers(self, agent: int) -> tuple[int, ...]:
         """Everybody else whom the agent gives a share."""
         return tuple(j for j in np.flatnonzero(self.shares[:, agent] > 0).tolist() if j != agent)

@@ -17,6 +17,10 @@ from merganser.errors import ParameterError, RefError
 
 Positive = Annotated[int, Field(gt=0)]
 Whole = Annotated[int, Field(ge=0)]
+#: Some multiple of a seed is what torch draws by, and that must be below 2^64.
+Seed = Annotated[int, Field(ge=0, lt=1 << 43)]
+#: Weights of n agents are n x n numbers.
+Agents = Annotated[int, Field(gt=0, le=2000)]
 Kind = Literal["full", "ring", "star", "hub", "torus", "exponential", "one_peer_exponential", "random_matching", "file"]
 Weights = Literal["metropolis", "uniform", "lazy"]
 Rule = Literal["plain", "aligned", "aligned_once", "soft", "model_stock", "none"]
@@ -45,7 +49,7 @@ class TopologyWords(Word):
 
     kind: Kind = "ring"
     weights: Weights = "metropolis"
-    seed: Whole = 0
+    seed: Seed = 0
     file: str | None = None
 
     @model_validator(mode="after")
@@ -94,6 +98,11 @@ class Merge(Word):
         if (self.rule == "soft") != (self.own is not None):
             raise ValueError("own belongs to the rule soft, which needs it")
         return self
+
+    @property
+    def matches(self) -> bool:
+        """Whether the rule compares units."""
+        return self.rule in MATCHING
 
     def at(self, round: int) -> bool:
         """Whether agents merge in a round, counted from 0.
@@ -158,7 +167,7 @@ class Data(Word):
     domains: dict[str, dict[str, Any]] = {}
     split: Literal["iid", "dirichlet", "classes", "domains"] = "iid"
     alpha: Annotated[float, Field(gt=0)] | None = None
-    seed: Whole | None = None
+    seed: Seed | None = None
     items: Positive | None = None
     test: Positive | None = None
     shrink: Positive = 1
@@ -216,7 +225,7 @@ class RunConfig(Word):
     """
 
     name: Annotated[str, Field(min_length=1)] = "run"
-    agents: Positive
+    agents: Agents
     topology: TopologyWords = TopologyWords()
     rounds: Positive
     local_epochs: Annotated[float, Field(gt=0)] = 2.0
@@ -230,12 +239,19 @@ class RunConfig(Word):
     optimizer: Optimizer = Optimizer()
     augment: Augment = Augment()
     batch: Positive = 100
-    seed: Whole = 0
+    seed: Seed = 0
     same_start: bool = False
     network: dict[str, Any]
     data: Data
     algorithm: Algorithm = "merge"
     limits: Limits = Limits()
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether any model is ever sent."""
+        if self.algorithm == "merge":
+            return self.merge.rule != "none" or self.merge.final_global
+        return self.algorithm in ("cdsgd", "sgp")
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
@@ -247,7 +263,7 @@ class RunConfig(Word):
             raise ValueError(f"algorithm {self.algorithm} is synchronous")
         if self.merge.rule != "none" and self.merge.start >= self.rounds:
             raise ValueError(f"merge.start is {self.merge.start}, and there are {self.rounds} rounds, from 0")
-        if self.merge.rule in MATCHING and self.merge.match.data == "proxy" and not self.data.proxy:
+        if self.merge.match.data == "proxy" and not self.data.proxy:
             raise ValueError("merge.match.data is proxy, and data.proxy sets no examples aside")
         return self
 
@@ -287,9 +303,11 @@ def load_config(path: Path) -> RunConfig:
         ParameterError: If it is not YAML, not a mapping, or not a configuration.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except OSError as error:
         raise RefError(f"{path} cannot be read: {error.strerror}") from error
+    except RecursionError:
+        raise ParameterError(f"{path} is nested too deeply to be read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParameterError(f"{path} is not sound YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -298,6 +316,22 @@ def load_config(path: Path) -> RunConfig:
         return read_config(content)
     except ParameterError as error:
         raise ParameterError(f"{path}: {error.message}", error.hint) from None
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML in which a key that stands twice is an error: of two values neither is meant."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping, as it is written."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(
+                    f"{key.value} stands there twice, the second time in line {key.start_mark.line + 1}"
+                )
+            seen.append(key.value)
+        return node
 
 
 def _hint(first: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,8 @@ from math import fsum
 from pathlib import Path
 from typing import Any
 
-from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory
+from merganser.checkpoints.overlap import refuse_overlap
+from merganser.checkpoints.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, peak_memory, refuse_taken
 from merganser.continual.stream import Progress, usable_threads
 from merganser.errors import ParameterError
 from merganser.merging.adapter_plan import AdapterMerge
@@ -29,7 +30,16 @@ from merganser.merging.cluster_worker import Failure
 from merganser.merging.folding import factor, figures, measure, recall, remember, unmeasured
 from merganser.merging.merged import Merged
 from merganser.merging.recipe import Recipe
-from merganser.merging.run import finish, fitting_threads, job_bytes, key_of, open_writer, peak_bytes, plan_any
+from merganser.merging.run import (
+    files_of,
+    finish,
+    fitting_threads,
+    job_bytes,
+    key_of,
+    open_writer,
+    peak_bytes,
+    plan_any,
+)
 from merganser.merging.vocabulary_rows import unwrapped
 
 
@@ -94,6 +104,21 @@ def merge_on(
         ordered = {ref: dict(sorted(digests.items())) for ref, digests in read.items()}
         finish(merged, writer, ordered, wall_s=time.perf_counter() - began, peak_memory_bytes=max(peaks))
     return out
+
+
+def refuse(recipes: Sequence[Recipe], out: Path, *, overwrite: bool = False) -> None:
+    """Refuse what cannot succeed, before any worker is looked for; nothing is written.
+
+    Args:
+        recipes: as `plan_recipes` takes them.
+        out: folder to make.
+        overwrite: whether a folder that is there may be replaced.
+
+    Raises:
+        MerganserError: As `merge_on`.
+    """
+    refuse_overlap(out, list(files_of(_planned(recipes))))
+    refuse_taken(out, overwrite=overwrite)
 
 
 def measure_on(

@@ -333,3 +333,12 @@ def test_a_learner_without_examples_or_pictures_to_vary_is_refused() -> None:
     flat = Labelled(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ParameterError, match="flip and crop are for pictures"):
         TorchLearner(Net(), flat, flat, augment=Augment(flip=True))
+
+
+def test_a_batch_of_one_example_that_the_network_cannot_train_on_is_told_as_such() -> None:
+    """BatchNorm of vectors has no variance of one example, which torch refuses in its own words."""
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    some = Labelled(torch.randn(3, 4), torch.tensor([0, 1, 0]))
+    with pytest.raises(ParameterError, match="does not train on a batch of one example"):
+        TorchLearner(network, some, some, batch=1).train(1)
+    assert math.isfinite(TorchLearner(network, some, some, batch=3).train(1))

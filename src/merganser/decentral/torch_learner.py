@@ -125,13 +125,25 @@ class TorchLearner:
             x = varied(self.shard.x[chosen], self._augment, self._generator("picture", self._seen))
             with torch.random.fork_rng([]):
                 torch.manual_seed(self._drawn("dropout", self._seen))  # dropout draws from the global generator
-                loss = functional.cross_entropy(self.network(x), self.shard.y[chosen])
+                loss = functional.cross_entropy(self._logits(x), self.shard.y[chosen])
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             summed += float(loss.detach())
             self._seen += 1
         return summed / batches if batches else math.nan
+
+    def _logits(self, x: Tensor) -> Tensor:
+        try:
+            found: Tensor = self.network(x)
+        except ValueError as error:
+            if len(x) > 1:
+                raise
+            raise ParameterError(
+                f"the network does not train on a batch of one example: {error}",
+                "take larger batches, and agents with more examples",
+            ) from error
+        return found
 
     @property
     def _an_epoch(self) -> int:

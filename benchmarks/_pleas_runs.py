@@ -206,7 +206,10 @@ def run_large_adam(sizes: Sizes) -> dict[str, Any]:
 
 
 def sized(networks: tuple[nn.Module, nn.Module], inputs: list[Any], x: Tensor, repeats: int) -> dict[str, Any]:
-    """Time of a run, and bytes, of networks of several budgets, as blocks and densely built, against the parents."""
+    """Time of a run, and bytes, of networks of several budgets, as blocks and densely built, against the parents.
+
+    `steps` are blocks of which 16 channels at a time were kept apart.
+    """
     import torch
 
     pair = quick(networks, inputs)
@@ -224,6 +227,14 @@ def sized(networks: tuple[nn.Module, nn.Module], inputs: list[Any], x: Tensor, r
             runs[f"{kind} {budget:g}"] = lambda network=network: network(x)
             nbytes[f"{kind} {budget:g}"] = held(network)
             counted[f"{kind} {budget:g}"] = share
+    pair.settings = replace(pair.settings, multiple=16)
+    for budget in BUDGETS:
+        merged = pair.merged(budget)
+        costs, network = merged.costs, merged.blocks()
+        runs[f"steps {budget:g}"] = lambda network=network: network(x)
+        nbytes[f"steps {budget:g}"] = held(network)
+        counted[f"steps {budget:g}"] = costs.flops / costs.parent_flops, costs.parameters / costs.parent_parameters
+    keep_memory()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
         for turn in range(repeats + 1):
@@ -234,6 +245,17 @@ def sized(networks: tuple[nn.Module, nn.Module], inputs: list[Any], x: Tensor, r
     return {"ms": {n: 1000 * statistics.median(t) for n, t in seconds.items()}, "bytes": nbytes, "share": counted}
 
 
+def keep_memory() -> None:
+    """Let glibc keep up to 62 MB that are freed: 31 MB at once are the most that moves its threshold (mallopt(3)).
+
+    Otherwise a wide network's tensors are given back to the system after every layer where a narrow one's are not, and
+    asking for them again takes as long as some layers.
+    """
+    import torch
+
+    torch.zeros(31 * 2**20, dtype=torch.uint8)
+
+
 def held(network: nn.Module) -> int:
     """Bytes of what a network would save."""
     return sum(x.numel() * x.itemsize for x in network.state_dict().values())
@@ -242,7 +264,7 @@ def held(network: nn.Module) -> int:
 def run_sizes_small(sizes: Sizes) -> dict[str, Any]:
     """ResNet-20's, by budget."""
     networks, inputs = small(sizes)
-    return sized(networks, inputs, inputs[0][0][0], 3 * sizes.repeats)
+    return sized(networks, inputs, inputs[0][0][0][: 2 * sizes.few], 3 * sizes.repeats)
 
 
 def run_sizes_large(sizes: Sizes) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def adam_table(found: dict[str, list[Run]], sizes: Sizes) -> list[str]:
 def size_table(found: dict[str, list[Run]]) -> list[str]:
     """What networks of several budgets cost when they run."""
     lines: list[str] = []
-    for name, label in (("sizes20", "ResNet-20, one batch"), ("sizes50", "ResNet-50's shape, 8 pictures")):
+    for name, label in (("sizes20", "ResNet-20, 20 pictures"), ("sizes50", "ResNet-50's shape, 8 pictures")):
         if name not in found:
             continue
         ms, nbytes, share = ([run.said[key] for run in found[name]] for key in ("ms", "bytes", "share"))
@@ -153,13 +153,13 @@ def size_table(found: dict[str, list[Run]]) -> list[str]:
             size = nbytes[0][parents]
             sizes = f"{size / 1e6:.2f}", f"{size / one:.2f}"
             lines.append(row(parents, f"{share[0][parents][0]:.2f}", *times(parents), *sizes, "", ""))
-        for budget in BUDGETS:
-            key, dense = f"blocks {budget:g}", f"dense {budget:g}"
-            size, whole = nbytes[0][key], nbytes[0][dense]
-            cells = *times(key), f"{size / 1e6:.2f}", f"{size / one:.2f}"
-            lines.append(
-                row(f"budget {budget:g}", f"{share[0][key][0]:.2f}", *cells, times(dense)[0], f"{whole / 1e6:.2f}")
-            )
+        for kind, label in (("blocks", "budget"), ("steps", "16 channels at a time, budget")):
+            for budget in BUDGETS:
+                key, dense = f"{kind} {budget:g}", f"dense {budget:g}"
+                size, whole = nbytes[0][key], nbytes[0][dense]
+                cells = *times(key), f"{size / 1e6:.2f}", f"{size / one:.2f}"
+                built = (times(dense)[0], f"{whole / 1e6:.2f}") if kind == "blocks" else ("", "")
+                lines.append(row(f"{label} {budget:g}", f"{share[0][key][0]:.2f}", *cells, *built))
     if lines:
         lines += ["", "Median of runs in turn; two parents run one after the other. MB: of all that is saved."]
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from math import prod
 
 import pytest
 import torch
@@ -95,6 +96,37 @@ def test_rows_of_windows_times_the_weight_are_the_outputs_of_the_convolution(nam
         found = rows.flatten(3) @ layer.weight.reshape(5, -1).T + layer.bias
     expected = (outputs[None] if one else outputs).movedim(1, -1)
     torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("gathered", [1, 100, 1 << 18])
+@pytest.mark.parametrize("name", LAYERS)
+def test_chosen_windows_are_those_of_the_outputs_at_their_numbers(
+    name: str, gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autocorrelation, "GATHERED", gathered)
+    torch.manual_seed(0)
+    layer = LAYERS[name]().double()
+    whole = torch.randn((5, 3, 12) if isinstance(layer, nn.Conv1d) else (5, 3, 12, 11), dtype=torch.float64)
+    windows = Windows.of(layer)
+    turned = whole.movedim(1, -1).contiguous().movedim(-1, 1)  # channels along memory
+    for x in (whole, turned, whole[::2], whole[2]):
+        with torch.no_grad():
+            outputs = layer(x)
+        outputs = (outputs if x.ndim == whole.ndim else outputs[None]).movedim(1, -1).reshape(-1, 5)
+        assert prod(windows.windows_of(x)) == len(outputs)
+        for chosen in (torch.arange(len(outputs)), torch.tensor([len(outputs) - 1]), torch.arange(3, len(outputs), 4)):
+            found = windows.rows(x, chosen) @ layer.weight.detach().reshape(5, -1).T + layer.bias.detach()
+            torch.testing.assert_close(found, outputs[chosen], rtol=1e-12, atol=1e-12)
+        assert windows.rows(x, torch.arange(0)).shape == (0, 3 * windows.taps)
+
+
+def test_of_pictures_without_a_chosen_window_nothing_is_read() -> None:
+    x = torch.full((5, 2, 6, 6), torch.nan, dtype=torch.bfloat16)
+    x[1:3] = 1.0
+    rows = Windows((3, 3), padding=((1, 1), (1, 1))).rows(x, torch.tensor([36 + 14, 72 + 14]))
+    assert rows.dtype == torch.bfloat16
+    assert bool((rows == 1).all())
 
 
 def test_padding_leaves_the_input_alone() -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from merganser.align.activations import Batch
+from merganser.align.blocks import skipping_zeros
 from merganser.align.partial import Pair, PartlyMerged, Settings
 from merganser.align.sequence import Sampling
 from merganser.errors import ParameterError, ShapeError
@@ -89,7 +90,7 @@ def mean(both: Pair) -> Tensor:
 def check_costs(both: Pair, merged: PartlyMerged) -> None:
     """What is told is what the network of blocks takes."""
     for network, flops, parameters in (
-        (merged.blocks(), merged.costs.flops, merged.costs.parameters),
+        (skipping_zeros(merged.blocks()), merged.costs.flops, merged.costs.parameters),
         (both.one, merged.costs.parent_flops, merged.costs.parent_parameters),
     ):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -275,7 +276,7 @@ def test_named_inputs_and_outputs_do_and_layers_that_run_twice_are_named(way: st
         assert found.shape == wanted.shape
         errors.append(merged.refitted.residuals["down"])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            merged.blocks()(**{name: x[:1] for name, x in both.batches[0][1].items()})
+            skipping_zeros(merged.blocks())(**{name: x[:1] for name, x in both.batches[0][1].items()})
         assert counter.get_total_flops() == merged.costs.flops <= budget * merged.costs.parent_flops
     assert errors[1] < errors[0]
 

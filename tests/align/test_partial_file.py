@@ -24,9 +24,11 @@ from merganser.align.partial_file import (
     read_partial,
     save_partial,
 )
-from merganser.align.wider import Record, plan, widen
+from merganser.align.ways import Way
+from merganser.align.wider import Record, filled, plan, widen
 from merganser.checkpoints import open_source
 from merganser.errors import (
+    ExtraTensorError,
     MerganserError,
     MissingTensorError,
     NonFiniteError,
@@ -118,6 +120,29 @@ def test_configurations_of_other_things_are_refused(tmp_path: Path, change: Any,
         load_partial(tmp_path / "out", it.network)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("shapes", {"layers.1.weight": [9]}, "layers.1.weight of 1 axes, and the network's has 2"),
+        ("shapes", {"layers.0.bias": [10**30]}, "cannot be made"),
+        ("shapes", {"layers.0.bias": [10**14]}, "cannot be made"),
+        ("attributes", {"layers.0": {"forward": 3}}, "layers.0.forward cannot be 3"),
+        ("attributes", {"layers.0": {"in_features": [192]}}, r"layers.0.in_features cannot be \[192\]"),
+        ("attributes", {"layers.0": {"training": 0}}, "layers.0.training cannot be 0"),
+        ("sides", {"layers.1": [[[1, 10**12]], [[2, 9]]]}, "sides are of 1000000000000 places"),
+    ],
+)
+def test_layouts_that_were_tampered_with_are_refused(tmp_path: Path, part: str, change: Any, words: str) -> None:
+    it = two("mlp")
+    saved(it, tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["layout"][part] |= change
+    path.write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ParameterError, match=words):
+        load_partial(tmp_path / "out", it.network)
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]"])
 def test_folders_without_a_configuration_are_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
@@ -148,6 +173,56 @@ def test_tensors_that_are_missing_or_unsound_are_refused(
         load_partial(tmp_path / "out", it.network)
 
 
+def test_tensors_that_the_network_has_not_are_refused(tmp_path: Path) -> None:
+    it = two("mlp")
+    saved(it, tmp_path / "out")
+    path = tmp_path / "out/model.safetensors"
+    save_file({**load_file(path), "layers.7.bias": torch.zeros(2)}, path, {"format": "pt"})
+    with pytest.raises(ExtraTensorError, match=r"has layers.7.bias, and the network has not"):
+        load_partial(tmp_path / "out", it.network)
+
+
+def with_buffer(x: Any) -> nn.Module:
+    network = nn.Linear(2, 2)
+    network.register_buffer("mask", x)
+    return network
+
+
+def test_a_mask_of_infinities_comes_back_and_no_other_infinity(tmp_path: Path) -> None:
+    network = with_buffer(torch.full((3, 3), -torch.inf).triu(1))
+    save_partial(tmp_path / "out", network, Partial("m", Record(), False), {})
+    assert torch.equal(load_partial(tmp_path / "out", network).get_buffer("mask"), network.get_buffer("mask"))
+    with pytest.raises(NonFiniteError, match="mask"):
+        load_partial(tmp_path / "out", with_buffer(torch.zeros(3, 3)))
+
+
+class Telling(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Telling(2, 2),
+        nn.Linear(2, 2, device="meta"),
+        with_buffer(torch.ones(3).to_sparse()),
+        with_buffer(torch.ones(3, dtype=torch.complex128)),
+    ],
+    ids=["extra state", "meta", "sparse", "complex128"],
+)
+def test_what_no_such_file_can_hold_is_refused_before_anything_is_written(tmp_path: Path, network: nn.Module) -> None:
+    with pytest.raises(ParameterError, match="of the network cannot be stored"):
+        save_partial(tmp_path / "out", network, Partial("m", Record(), False), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_with_a_tensor_that_repeats_its_entries_is_refused() -> None:
+    network = with_buffer(torch.ones(1, 2).expand(2, 2))
+    with pytest.raises(ParameterError, match="the network cannot be filled"):
+        filled(network, {name: x.clone() for name, x in network.state_dict().items()})
+
+
 def test_a_program_runs_without_this_package(tmp_path: Path) -> None:
     it = two("resnet")
     network, _ = made(it, blocks=False)
@@ -174,6 +249,27 @@ def test_a_network_in_blocks_is_a_program_too(tmp_path: Path) -> None:
     with torch.no_grad():
         found = torch.export.load(tmp_path / "net.pt2").module()(*it.args)
     torch.testing.assert_close(found, it.run(network), rtol=1e-12, atol=1e-12)
+
+
+def three_ways() -> nn.Module:
+    """Convolutions computed densely, in two groups, and as blocks."""
+    a, both, b = 1, 0, 2
+    mixed = [[a, 1], [both, 2], [b, 1], [both, 1], [a, 2], [b, 2]]
+    halves, thirds = [[a, 16], [b, 16]], [[a, 12], [b, 12]]
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(9, 32, 1), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 24, 1))
+    found: Any = blocked(network, Record(sides={"0": [halves, mixed], "1": [halves, halves], "2": [thirds, halves]}))
+    assert [layer.way for layer in found] == [Way.DENSE, Way.GROUPS, Way.BLOCKS]
+    return found
+
+
+def test_all_ways_are_programs_for_any_batch(tmp_path: Path) -> None:
+    network, x = three_ways(), torch.randn(5, 9, 4, 4)
+    export_program(network, tmp_path / "net.pt2", (x[:2],), any_batch=True)
+    found = torch.export.load(tmp_path / "net.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), network(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found(x[:1]), network(x[:1]), rtol=1e-5, atol=1e-5)
 
 
 class Named(nn.Module):
@@ -216,12 +312,13 @@ def test_onnx_names_the_packages_that_it_lacks(tmp_path: Path, monkeypatch: pyte
         export_onnx(nn.Linear(3, 2), tmp_path / "net.onnx", (torch.randn(1, 3),))
 
 
-def test_onnx_gives_the_networks_outputs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mlp", "three ways"])
+def test_onnx_gives_the_networks_outputs(tmp_path: Path, name: str) -> None:
     import onnx
     from onnx import reference
 
-    network, _ = made(two("mlp"), blocks=True)
-    network, x = network.float(), torch.randn(2, 8, 8, 3)
+    network = made(two("mlp"), blocks=True)[0].float() if name == "mlp" else three_ways()
+    x = torch.randn(2, 8, 8, 3) if name == "mlp" else torch.randn(2, 9, 4, 4)
     export_onnx(network, tmp_path / "net.onnx", (x,))
     session = reference.ReferenceEvaluator(onnx.load(tmp_path / "net.onnx"))
     (found,) = session.run(None, {session.input_names[0]: x.numpy()})

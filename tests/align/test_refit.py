@@ -17,7 +17,7 @@ import merganser.align.refit
 from merganser.align.layout import Side, Split, widened
 from merganser.align.moments import Joint, joint_moments
 from merganser.align.refit import Normal, Target, refit, solve
-from merganser.errors import ParameterError, ShapeError
+from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.symmetry import Spec
 
 Array = np.ndarray
@@ -355,6 +355,16 @@ def test_moments_of_another_layer_are_refused() -> None:
     it = case("linear")
     with pytest.raises(ShapeError, match="takes in 6 entries, and its moments are those of 4"):
         refit(it.spec, it.a, it.b, it.state, {"2": joint_moments(it.one, it.two, it.batches)["0"]}, {})
+
+
+@pytest.mark.parametrize("name", ["2.weight", "2.bias"])
+def test_weights_that_are_not_finite_are_refused(name: str) -> None:
+    it = case("linear")
+    moments = it.moments()
+    broken = dict(it.b) | {name: it.b[name].clone()}
+    broken[name][0] = torch.inf
+    with pytest.raises(NonFiniteError, match="2 has NaN or infinity among its weights"):
+        refit(it.spec, it.a, broken, it.state, moments, it.splits)
 
 
 def test_an_unknown_target_is_refused() -> None:

@@ -277,6 +277,20 @@ def test_what_does_not_fit_is_refused() -> None:
         values(pair.spec, pair.a, {n: x for n, x in pair.b.items() if n != "2.weight"}, moments, ["0"])
 
 
+@pytest.mark.parametrize(("make", "name", "entries"), [(mlp, "2", 6), (Joined, "last", 12)])
+def test_inputs_that_vary_as_little_as_their_rounding_have_a_value_all_the_same(
+    make: Callable[[], nn.Module], name: str, entries: int
+) -> None:
+    """Means of 1e7 and deviations of 0.1: what sums of products leave of a covariance is not positive definite."""
+    pair = Pair(make, (60, 4))
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        x, z = (1e7 + 0.1 * torch.randn(60, entries, generator=generator, dtype=torch.float64) for _ in range(2))
+        rows = torch.cat([x, z, torch.ones(60, 1, dtype=torch.float64)], dim=1)
+        found = unit_values(pair.spec, pair.a, pair.b, {name: Joint(rows.T @ rows, 60)}, tuple(pair.spec.groups))
+        assert all(bool(torch.isfinite(gains).all()) and bool((gains >= 0).all()) for gains in found.values())
+
+
 def test_a_group_that_no_measured_layer_reads_has_zeros() -> None:
     pair = Pair(mlp, (30, 4))
     assert bool((pair.values(["0"])["0"] == 0).all())

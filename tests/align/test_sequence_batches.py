@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+from statistics import fmean
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from merganser.align import renorm
 from merganser.align.activations import Batch
 from merganser.align.layout import widened
 from merganser.align.ran import joined
@@ -106,6 +110,60 @@ def test_one_value_of_a_unit_gives_batch_norm_no_variance() -> None:
     network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
     with pytest.raises(ParameterError, match="the batches give 1 one value of each unit"):
         measure_batch_norm(network, vectors(1))
+
+
+class Named(nn.Module):
+    """A norm that is given its input by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(input=self.layer(input=x))
+        return y
+
+
+def test_batch_norm_that_is_given_its_input_by_name_is_measured() -> None:
+    torch.manual_seed(0)
+    network = Named().double()
+    measure_batch_norm(network, vectors(30, 10))
+    with torch.no_grad():
+        y = network.layer(joined(vectors(30, 10))[0][0][0])
+    torch.testing.assert_close(network.norm.running_mean, y.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network.norm.running_var, y.var(0), rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_stay_where_they_cannot_be_measured() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    measure_batch_norm(network, vectors(30))
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    network[1].weight.data[0, 0] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteError, match="the batches give 2 NaN or infinity"):
+        measure_batch_norm(network, vectors(20))
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items() if name != "1.weight")
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 18])
+@pytest.mark.parametrize("shape", [(9, 3), (5, 3, 4), (6, 3, 4, 5), (1, 3, 7, 2)])
+def test_variances_and_means_are_those_of_all_values(
+    shape: tuple[int, ...], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renorm, "BLOCK", block)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) + 1e4
+    x[:, 1] = 123.456  # never varies
+    for given in (x, x.float(), x.to(torch.bfloat16), x.transpose(0, 1).contiguous().transpose(0, 1)):
+        before = given.clone()
+        variance, mean = renorm.var_mean(given)
+        units = [u.flatten().tolist() for u in given.double().movedim(1, 0)]
+        torch.testing.assert_close(
+            mean, torch.tensor([fmean(u) for u in units], dtype=torch.float64), rtol=1e-13, atol=0
+        )
+        expected = torch.tensor([statistics.variance(u) for u in units], dtype=torch.float64)
+        torch.testing.assert_close(variance, expected, rtol=1e-9, atol=1e-20)
+        assert torch.equal(given, before)
 
 
 def test_batch_norm_that_runs_twice_has_the_mean_of_both_runs() -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,6 +24,11 @@ from merganser.numerics import gram_of_rows, product
 
 #: A number along height and along width.
 Pair = tuple[int, int]
+#: Entries that are looked up at once.
+GATHERED = 1 << 18
+LARGEST_INT = 2**31 - 1
+#: Products in the time that one sum of a matrix with another takes an entry (measured: 20 to 40).
+SUM = 24
 
 
 @dataclass(frozen=True)
@@ -62,19 +69,69 @@ class Windows:
         """Number of taps."""
         return self.kernel[0] * self.kernel[1]
 
-    def by_shifts(self, height: int, width: int) -> bool:
-        """Whether shifts can be used on a padded input, and take fewer products than unfolding it."""
-        return self.stride == self.dilation == (1, 1) and shifts_save(self.grid(height, width), self.kernel)
+    def by_shifts(self, height: int, width: int, images: float = inf) -> bool:
+        """Whether shifts can be used on padded inputs, so many at once, and take half the time of unfolding them."""
+        return self.stride == self.dilation == (1, 1) and shifts_save(self.grid(height, width), self.kernel, images)
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """A layer's input as (images, channels, height, width)."""
+        x = x.detach()
+        x = x.unsqueeze(-2) if self.line else x
+        return x[None] if x.ndim == 3 else x  # one example
 
     def padded(self, x: Tensor) -> Tensor:
         """A layer's input with its padding, a copy: shape (images, channels, height, width)."""
-        x = x.detach()
-        x = x.unsqueeze(-2) if self.line else x
-        x = x[None] if x.ndim == 3 else x  # one example
+        x = self.pictures(x)
+        framed = self._framed(x)
+        return x.clone() if framed is x else framed
+
+    def _framed(self, x: Tensor) -> Tensor:
         (top, bottom), (left, right) = self.padding
         if not any((top, bottom, left, right)):
-            return x.clone()
+            return x
         return functional.pad(x, (left, right, top, bottom), mode=self.mode)
+
+    def windows_of(self, x: Tensor) -> tuple[int, int, int]:
+        """How many windows a layer's input has: images, and those along height and along width of each."""
+        x = self.pictures(x)
+        (top, bottom), (left, right) = self.padding
+        return len(x), *self.grid(x.shape[2] + top + bottom, x.shape[3] + left + right)
+
+    def rows(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Some windows as rows, a copy: shape (n, channels * taps), channels outer.
+
+        Only images that have one of them are padded, and only what lies in one is read.
+
+        Args:
+            x: a layer's input.
+            chosen: their numbers, ascending, images outermost and then height; shape (n,).
+        """
+        grid = self.windows_of(x)
+        x, chosen = self.pictures(x), chosen.to(x.device)
+        taps = x.shape[1] * self.taps
+        made = x.new_empty(len(chosen), taps)
+        if not made.numel():
+            return made
+        image, row, column = torch.unravel_index(chosen, grid)
+        first, last = int(image[0]), int(image[-1])
+        held = self._framed(x[first : last + 1])
+        held = held if held.is_contiguous() else held.contiguous()
+        n, c, h, w = held.stride()
+        at = (image - first) * n + row * (h * self.stride[0]) + column * (w * self.stride[1])
+        down, right = (
+            torch.arange(k, device=x.device) * (d * step)
+            for k, d, step in zip(self.kernel, self.dilation, (h, w), strict=True)
+        )
+        channel = torch.arange(x.shape[1], device=x.device) * c
+        tap = (channel[:, None, None] + down[:, None] + right).reshape(-1)
+        if held.numel() <= LARGEST_INT:
+            at, tap = at.int(), tap.int()  # half the memory to read
+        flat = held.reshape(-1)
+        most = max(1, GATHERED // taps)
+        for start in range(0, len(at), most):
+            index = (at[start : start + most, None] + tap).reshape(-1)
+            made[start : start + most] = flat.index_select(0, index).reshape(-1, taps)
+        return made
 
     def grid(self, height: int, width: int) -> Pair:
         """Number of windows along height and along width of a padded input."""
@@ -98,11 +155,15 @@ def _two(numbers: tuple[int, ...], *, line: int = 1) -> Pair:
     return (line, numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-def shifts_save(grid: Pair, kernel: Pair) -> bool:
-    """Whether shifts can be used on neighbouring windows in such a grid, and take fewer products than unfolding.
+def shifts_save(grid: Pair, kernel: Pair, images: float = inf) -> bool:
+    """Whether shifts can be used on neighbouring windows in such a grid, and take half the time of unfolding them.
+
+    Sums of shifts take half as much memory again as what they stand for, so that a little time is not worth it.
 
     >>> shifts_save((56, 56), (3, 3)), shifts_save((56, 56), (1, 1)), shifts_save((1, 1), (3, 3))
     (True, False, False)
+    >>> shifts_save((7, 7), (3, 3)), shifts_save((7, 7), (3, 3), images=10)
+    (True, False)
     """
     taps = kernel[0] * kernel[1]
     if taps == 1 or grid[0] < kernel[0] - 1 or grid[1] < kernel[1] - 1:
@@ -113,7 +174,8 @@ def shifts_save(grid: Pair, kernel: Pair) -> bool:
         * (grid[1] + kernel[1] - 1 - abs(right))
         for down, right in _shifts(kernel)
     )
-    return places < taps * taps * grid[0] * grid[1]
+    added = sum(((kernel[0] - down) * (kernel[1] - abs(right))) ** 2 for down, right in _shifts(kernel))
+    return 2 * (places + SUM * added / images) < taps * taps * grid[0] * grid[1]
 
 
 def pair_count(kernel: Pair) -> int:

@@ -1,8 +1,9 @@
-"""Layers as three products, so that what is zero by construction is neither stored nor multiplied.
+"""Layers as three products, so that what is zero by construction is not stored, nor multiplied where that takes time.
 
     y_A = W_A [x_A x_m] + b_A      y_m = W_m [x_A x_m x_B] + b_m      y_B = W_B [x_m x_B] + b_B
 
 Where all units are apart, layers that are built densely hold four times the weights of one network, and blocks twice.
+Small products are not as fast as their FLOPs are few: some layers are computed in one, zeros and all (`ways`).
 
 Source: the layout of Nasery et al. 2024, arXiv:2407.02447 (PLeaS), and its count of FLOPs.
 """
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from merganser.align.cost import Sides
+from merganser.align.layers import Kind, block_kind
 from merganser.align.layout import Side
+from merganser.align.ways import Way, way
 from merganser.align.wider import Record
 from merganser.errors import ParameterError
 
@@ -40,6 +45,9 @@ class _Blocks(nn.Module):
         bias: of all rows.
         rows: runs of sides.
         columns: runs of sides.
+
+    Attributes:
+        way: how it is computed; to set blocks or dense here changes nothing but rounding.
 
     Raises:
         ParameterError: If the runs are of another size than the weight.
@@ -65,6 +73,7 @@ class _Blocks(nn.Module):
             block = dense.detach()[mine][:, seen].clone() if mine else None
             weight = None if block is None else nn.Parameter(block, requires_grad=dense.requires_grad)
             self.register_parameter(f"{name}_weight", weight)
+        self.way = self._way()
         back = torch.tensor(order).argsort()
         sorted_already = order == sorted(order)
         self.register_buffer("_order", None if sorted_already else back.to(dense.device), persistent=False)
@@ -82,8 +91,14 @@ class _Blocks(nn.Module):
             return x.index_select(axis, self.get_buffer(f"_{name}"))
         return x if span == (0, x.shape[axis]) else x.narrow(axis, *span)
 
+    def _way(self, *, groups: bool = False) -> Way:
+        rows, columns = (_sides(runs) for runs in (self.rows, self.columns))
+        return way(rows, columns, taps=prod(self._shape[2:]), groups=groups)
+
     def _apply_blocks(self, x: Tensor, axis: int) -> Tensor:
         """All rows' outputs, along an axis that held the columns."""
+        if self.way is Way.DENSE:
+            return self._product(x, self.weight, self.bias)
         made = []
         for name, _ in _READS.values():
             weight: Tensor | None = getattr(self, f"{name}_weight")
@@ -100,14 +115,24 @@ class _Blocks(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, put together anew each time."""
-        some = next(p for name, _ in _READS.values() if (p := getattr(self, f"{name}_weight")) is not None)
-        dense: Tensor = some.new_zeros(self._shape)
-        for side, (name, read) in _READS.items():
-            if (block := getattr(self, f"{name}_weight")) is not None:
-                mine = torch.tensor(_places(self.rows, (side,)), device=dense.device)
-                seen = torch.tensor(_places(self.columns, read), dtype=torch.int64, device=dense.device)
-                dense[mine[:, None], seen[None]] = block
-        return dense
+        blocks = [
+            self._with_zeros(block, f"{name}_columns")
+            for name, _ in _READS.values()
+            if (block := getattr(self, f"{name}_weight")) is not None
+        ]
+        dense = torch.cat(blocks)
+        order: Tensor | None = self._order  # type: ignore[assignment]
+        return dense if order is None else dense.index_select(0, order)
+
+    def _with_zeros(self, block: Tensor, name: str) -> Tensor:
+        """Some rows of the dense weight."""
+        span = self._spans[name]
+        if span is None:
+            rows = block.new_zeros(block.shape[0], *self._shape[1:])
+            return rows.index_copy(1, self.get_buffer(f"_{name}"), block)
+        start, count = span
+        around = start, self._shape[1] - start - count
+        return functional.pad(block, (*(0, 0) * (block.ndim - 2), *around)) if any(around) else block
 
     def extra_repr(self) -> str:
         """Sides of rows and columns."""
@@ -115,6 +140,12 @@ class _Blocks(nn.Module):
             f"{what}=" + "+".join(f"{count} {Side(side).name.lower()}" for side, count in runs)
             for what, runs in (("rows", self.rows), ("columns", self.columns))
         )
+
+
+def _sides(runs: Runs) -> Sides:
+    """How many places are A's, merged, and B's."""
+    first, both, second = (len(_places(runs, (side,))) for side in _READS)
+    return first, both, second
 
 
 def _places(runs: Runs, sides: Sequence[Side]) -> list[int]:
@@ -156,38 +187,48 @@ class BlockConv(_Blocks):
         convolution: the dense layer.
         rows: runs of sides.
         columns: runs of sides.
+
+    Raises:
+        ParameterError: If the runs are of another size than the weight, or some rows have no columns.
     """
 
     def __init__(self, convolution: nn.Conv1d | nn.Conv2d, rows: Runs, columns: Runs) -> None:
         super().__init__(convolution.weight, convolution.bias, rows, columns)
+        if not all(weight.shape[1] for name, weight in self.named_parameters() if name != "bias"):
+            raise ParameterError("some outputs of a convolution read none of its inputs", "leave it dense")
         self.in_channels, self.out_channels = convolution.in_channels, convolution.out_channels
         self.kernel_size, self.groups = convolution.kernel_size, 1
         self.stride, self.padding, self.dilation = convolution.stride, convolution.padding, convolution.dilation
         self.padding_mode = convolution.padding_mode
         self._border = list(convolution._reversed_padding_repeated_twice)
         self._convolve: Any = functional.conv1d if len(self.kernel_size) == 1 else functional.conv2d
+        in_turn = all([side for side, _ in runs] == [Side.FIRST, Side.SECOND] for runs in (rows, columns))
+        self.way = self._way(groups=in_turn)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
         padding = self.padding if self.padding_mode == "zeros" else 0
-        y: Tensor = self._convolve(x, weight, bias, self.stride, padding, self.dilation)
+        y: Tensor = self._convolve(x, weight, bias, self.stride, padding, self.dilation, groups)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (.., columns, places) to (.., rows, places)."""
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._border, mode=self.padding_mode)
+        if self.way is Way.GROUPS:
+            halves: list[Tensor] = [getattr(self, f"{name}_weight") for name in ("first", "second")]
+            return self._product(x, torch.cat(halves), self.bias, 2)
         return self._apply_blocks(x, -1 - len(self.kernel_size))
 
 
-_KINDS: dict[type[nn.Module], type[BlockLinear] | type[BlockConv]] = {
-    nn.Linear: BlockLinear,
-    nn.Conv1d: BlockConv,
-    nn.Conv2d: BlockConv,
+_KINDS: dict[Kind, type[BlockLinear] | type[BlockConv]] = {
+    "linear": BlockLinear,
+    "conv1d": BlockConv,
+    "conv2d": BlockConv,
 }
 
 
 def blocked(network: nn.Module, record: Record) -> nn.Module:
-    """A copy of a wider network in which layers with blocks of zeros are three products.
+    """A copy of a wider network in which layers with blocks of zeros are stored as three blocks.
 
     Layers of other kinds, of several groups or with hooks, and weights that other modules hold too, stay dense.
 
@@ -204,9 +245,9 @@ def blocked(network: nn.Module, record: Record) -> nn.Module:
     chosen: dict[int, Any] = {}
     for name, (rows, columns) in record.sides.items():
         module = modules[name]
-        kind = _kind(module)
-        if kind is not None and id(module) not in chosen:
-            chosen[id(module)] = kind(module, rows, columns)
+        kind = block_kind(module)
+        if kind is not None and "weight" in module._parameters and id(module) not in chosen:
+            chosen[id(module)] = _KINDS[kind](module, rows, columns)
     _drop_shared(network, chosen)
     if id(network) in chosen:
         block: nn.Module = chosen[id(network)]
@@ -220,13 +261,12 @@ def blocked(network: nn.Module, record: Record) -> nn.Module:
         raise ParameterError(f"the network cannot be copied: {error}") from error
 
 
-def _kind(module: nn.Module) -> type[BlockLinear] | type[BlockConv] | None:
-    """What a layer becomes, if it can be one."""
-    if getattr(module, "groups", 1) != 1 or "weight" not in module._parameters:
-        return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    return next((block for known, block in _KINDS.items() if type(module).forward is known.forward), None)
+def skipping_zeros(network: nn.Module) -> nn.Module:
+    """The network itself, changed so that no layer multiplies zeros, be it slower: its FLOPs are those of `cost`."""
+    for module in network.modules():
+        if isinstance(module, _Blocks) and module.way is Way.DENSE:
+            module.way = Way.BLOCKS
+    return network
 
 
 def _drop_shared(network: nn.Module, chosen: dict[int, Any]) -> None:

@@ -6,8 +6,9 @@ A group of d units of which s pairs are kept apart has s units of A's, d - s mer
     entries = r_m (c_A + c_m + c_B) + r_A (c_A + c_m) + r_B (c_m + c_B)
             = d_r d_c [1 + s_r/d_r + s_c/d_c - (s_r/d_r)(s_c/d_c)]
 
-Layers that are built as three products neither store nor multiply the rest. Everything else is as large as its axes:
-norms, tables, products of activations, and products by weights that stand in no layer of their own.
+Layers that are built as blocks store nothing of the rest, and need multiply nothing of it. That is what counts, also
+where one takes less time with zeros and all, and multiplies up to twice as much (`ways`). Everything else is as large
+as its axes: norms, tables, products of activations, and products by weights that stand in no layer of their own.
 
 A multiplication with the addition after it is two FLOPs, and nothing else counts, as in torch.utils.flop_counter.
 

@@ -192,12 +192,24 @@ def _kinds(network: nn.Module) -> dict[str, Kind]:
     holders = Counter(id(p) for m in network.modules() for p in m._parameters.values() if p is not None)
     kinds: dict[str, Kind] = {}
     for name, module in network.named_modules():
-        kind = next((kind for kind, known in BLOCKS.items() if type(module).forward is known.forward), None)
-        own = all(holders[id(p)] == 1 for p in module._parameters.values() if p is not None)
-        plain = getattr(module, "groups", 1) == 1 and not module._forward_hooks and not module._forward_pre_hooks
-        if kind is not None and own and plain:
+        kind = block_kind(module)
+        if kind is not None and all(holders[id(p)] == 1 for p in module._parameters.values() if p is not None):
             kinds[name] = kind
     return kinds
+
+
+def block_kind(module: nn.Module) -> Kind | None:
+    """As what a module can be built in blocks: it computes what nn.Linear, nn.Conv1d or nn.Conv2d does, and no more."""
+    if getattr(module, "groups", 1) != 1 or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if "forward" in vars(module):
+        return None
+    return next((kind for kind, known in BLOCKS.items() if _computes(type(module)) == _computes(known)), None)
+
+
+def _computes(kind: type[nn.Module]) -> tuple[Any, Any]:
+    """What says how modules of a kind compute."""
+    return kind.forward, getattr(kind, "_conv_forward", None)
 
 
 def _work(call: Call, one: Value, two: Value) -> tuple[int, list[_Axis]]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +25,7 @@ from merganser.align.costs import Moments
 from merganser.align.layout import Side
 from merganser.align.match import Progress
 from merganser.align.streams import Stream, grouped, run_watched, streams_of
+from merganser.align.triangles import add_products, mirrored
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.noise import drawn
 from merganser.numerics import all_finite
@@ -246,12 +245,8 @@ class _Sums:
             rows = x.detach().reshape(-1, stream.entries)
             chosen = draw.rows(stream, call, len(rows))
             return rows.clone() if chosen is None else rows[chosen.to(x.device)]
-        padded = stream.windows.padded(x)
-        windows = stream.windows.view(padded)
-        chosen = draw.rows(stream, call, prod(windows.shape[:3]))
-        if chosen is None:
-            return padded
-        return windows[torch.unravel_index(chosen.to(x.device), windows.shape[:3])].reshape(-1, stream.entries)
+        chosen = draw.rows(stream, call, prod(stream.windows.windows_of(x)))
+        return stream.windows.padded(x) if chosen is None else stream.windows.rows(x, chosen)
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add rows of both networks, in the form that they were held in."""
@@ -259,15 +254,17 @@ class _Sums:
             raise ShapeError(f"{self.stream.names[0]} takes in {tuple(a.shape)} in A, and {tuple(b.shape)} in B")
         self._check(a, b)
         windows, size = self.stream.windows, 2 * self.stream.entries + 1
-        if windows is not None and a.ndim == 4 and windows.by_shifts(*a.shape[2:]):
-            self._add_images(windows, a, b)
-            return
+        if windows is not None and a.ndim == 4 and self.stream.by_shifts:
+            images, _, height, width = a.shape
+            if windows.by_shifts(height, width, images):
+                self._add_images(windows, a, b)
+                return
         most = max(1, CHUNK_BYTES // (8 * size))
         for x, y in zip(_blocks(windows, a, most), _blocks(windows, b, most), strict=True):
             rows = torch.ones(len(x), size, dtype=torch.float64)
             rows[:, : self.stream.entries], rows[:, self.stream.entries : -1] = x, y
             self.gram = torch.zeros(size, size, dtype=torch.float64) if self.gram is None else self.gram
-            _add_products(self.gram, rows)
+            add_products(self.gram, rows)
             self.count += len(x)
 
     def _add_images(self, windows: Windows, a: Tensor, b: Tensor) -> None:
@@ -291,7 +288,7 @@ class _Sums:
         name, size = self.stream.names[0], 2 * self.stream.entries + 1
         if not self.count:
             raise ParameterError(f"the batches hold no row for {name}")
-        gram = torch.zeros(size, size, dtype=torch.float64) if self.gram is None else _mirrored(self.gram)
+        gram = torch.zeros(size, size, dtype=torch.float64) if self.gram is None else mirrored(self.gram)
         if self.pairs is not None:
             assert self.stream.windows is not None
             spread(self.pairs, self.stream.windows.kernel, gram[:-1, :-1])
@@ -334,23 +331,3 @@ def _blocks(windows: Windows | None, x: Tensor, most: int) -> Iterator[Tensor]:
         return
     for image in view:
         yield from (part.reshape(-1, entries) for part in torch.split(image, max(1, most // wide)))
-
-
-def _add_products(gram: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to the lower triangle of a matrix, in place: half the products, and no matrix beside it."""
-    from scipy.linalg.blas import dsyrk
-
-    if len(rows):
-        whole: Any = gram.numpy()
-        added = dsyrk(1.0, rows.numpy().T, beta=1.0, c=whole.T, overwrite_c=1)
-        assert np.shares_memory(added, whole)
-
-
-def _mirrored(gram: Tensor, block: int = 1024) -> Tensor:
-    """A matrix whose upper triangle is set to its lower one, in place."""
-    for start in range(0, len(gram), block):
-        stop = start + block
-        gram[:start, start:stop] = gram[start:stop, :start].T
-        corner = gram[start:stop, start:stop]
-        corner.copy_(corner.tril() + corner.tril(-1).T)
-    return gram

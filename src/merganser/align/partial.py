@@ -105,7 +105,7 @@ class PartlyMerged:
     refitted: Refitted
 
     def blocks(self) -> nn.Module:
-        """The same network with layers of three products each."""
+        """The same network with layers of three blocks each, without zeros."""
         return blocked(self.network, self.record)
 
 

@@ -24,7 +24,16 @@ from merganser.align.blocks import blocked
 from merganser.align.wider import Record, filled, rewidened
 from merganser.checkpoints import open_source
 from merganser.checkpoints.writer import CheckpointWriter, write_json
-from merganser.errors import MerganserError, MissingTensorError, NonFiniteError, OutputError, ParameterError, RefError
+from merganser.errors import (
+    ExtraTensorError,
+    MerganserError,
+    MissingTensorError,
+    NonFiniteError,
+    OutputError,
+    ParameterError,
+    RefError,
+    and_more,
+)
 from merganser.numerics import DTYPE_NAMES, all_finite
 from merganser.symmetry.record import Output, evaluating, tensors_of
 from merganser.types import TensorInfo
@@ -79,9 +88,15 @@ def save_partial(
         overwrite: replace a folder that was made here.
 
     Raises:
+        ParameterError: If the network holds something that such a file cannot.
         OutputError: If it cannot be written.
     """
-    tensors, aliases = _once(network.state_dict())
+    state = network.state_dict()
+    for name, x in state.items():
+        if not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided or x.dtype not in DTYPE_NAMES:
+            what = f"{x.dtype}, {x.layout}, {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ParameterError(f"{name} of the network cannot be stored: it is {what}")
+    tensors, aliases = _once(state)
     infos = {name: TensorInfo(tuple(x.shape), DTYPE_NAMES[x.dtype]) for name, x in tensors.items()}
     config = {
         "model_type": KIND,
@@ -148,18 +163,22 @@ def load_partial(folder: Path, network: nn.Module) -> nn.Module:
         RefError: If the folder has no readable configuration.
         ParameterError: If it is of another kind, or of another network.
         MissingTensorError: If a tensor is missing.
+        ExtraTensorError: If there is one that the network has not.
         ShapeError: If one has another shape than the layout says.
-        NonFiniteError: If one holds NaN or infinity.
+        NonFiniteError: If one holds NaN or infinity, and the network's own is another: masks may.
     """
     built = read_partial(folder).built(network)
     source = open_source(folder)
     stored = {**{name: name for name in source.infos}, **source.aliases}
+    own = built.state_dict()
+    if more := [name for name in stored if name not in own]:
+        raise ExtraTensorError(f"{folder} has {more[0]}{and_more(more)}, and the network has not", "name its network")
     state: dict[str, Tensor] = {}
-    for name in built.state_dict():
+    for name, x in own.items():
         if name not in stored:
             raise MissingTensorError(f"{folder} lacks {name}", "is it whole?")
         state[name] = source.read(stored[name])
-        if not all_finite(state[name]):
+        if not all_finite(state[name]) and not torch.equal(state[name], x.to("cpu", state[name].dtype)):
             raise NonFiniteError(f"{name} of {folder} holds NaN or infinity")
     return filled(built, state).eval()
 

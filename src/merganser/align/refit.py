@@ -30,8 +30,9 @@ from torch import Tensor
 from merganser.align.layout import Layout, Places, Side, Splits, head_axis, head_of, layout
 from merganser.align.moments import Joint
 from merganser.align.orientation import inputs_first, matrix_of, weight_of
-from merganser.errors import ParameterError, ShapeError
-from merganser.numerics import product
+from merganser.align.triangles import cholesky
+from merganser.errors import NonFiniteError, ParameterError, ShapeError
+from merganser.numerics import all_finite, product
 from merganser.symmetry import Spec
 
 Target = Literal["averaged", "separate", "mixed"]
@@ -152,6 +153,7 @@ def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: f
             continue
         mine = order if other is None else order[columns[order] != other]
         if side == Side.SECOND:
+            whole = None  # no two factors at once
             factor = _factor(normal.gram[mine[:, None], mine], strength, noise)
         else:
             whole = _factor(normal.gram[order[:, None], order], strength, noise) if whole is None else whole
@@ -177,10 +179,9 @@ def readable(rows: Tensor, columns: Tensor) -> Tensor:
 def _factor(gram: Tensor, strength: float, noise: float) -> Tensor:
     """Lower Cholesky factor of gram + strength; NaN where there is none, or where rounding makes it. Changes gram."""
     gram.diagonal().add_(strength)
-    factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed) or (len(gram) and float(factor.diagonal().min()) ** 2 <= noise):
-        return factor.fill_(torch.nan)
+    factor = cholesky(gram)
+    if factor is None or (len(gram) and float(factor.diagonal().min()) ** 2 <= noise):
+        return gram.fill_(torch.nan)
     return factor
 
 
@@ -297,6 +298,7 @@ def refit(
     Raises:
         ParameterError: If the ridge or the target is out of range, or has no shares.
         ShapeError: If moments are of another layer.
+        NonFiniteError: If a weight or bias is NaN or infinite.
     """
     if target not in _VIEWS:
         raise ParameterError(f"target is {target!r}; it is {', '.join(_VIEWS)}")
@@ -308,6 +310,8 @@ def refit(
         if isinstance(fit, str):
             done.kept[layer] = fit
             continue
+        if not all(all_finite(n[x]) for n in (a, b) for x in (name, f"{layer}.bias") if x in n):
+            raise NonFiniteError(f"{layer} has NaN or infinity among its weights", "see what was saved of the networks")
         normal = _normal(layer, joint, fit, (a, b), target)
         bias = f"{layer}.bias" in state
         normal = normal.centred() if bias or layer in free else normal

@@ -80,33 +80,42 @@ def measuring(network: nn.Module) -> Iterator[None]:
 
     Raises:
         ParameterError: If there is one value of a unit.
-        NonFiniteError: If what comes in is not finite.
+        NonFiniteError: If what comes in is not finite. In both cases, and where a run fails, statistics stay.
     """
 
-    def entered(name: str, norm: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor]) -> None:
-        (x,) = args
+    def entered(name: str, norm: nn.modules.batchnorm._BatchNorm, args: tuple[Tensor, ...], kwargs: Any) -> None:
+        x = args[0] if args else kwargs["input"]
         if x.numel() < 2 * x.shape[1]:
             raise ParameterError(f"the batches give {name} one value of each unit", "give more examples")
         with unrecorded():
-            found = torch.var_mean(x, [axis for axis in range(x.ndim) if axis != 1])
             runs = norm.get_buffer("num_batches_tracked").add_(1)
-            for buffer, now in zip(("running_var", "running_mean"), found, strict=True):
+            for kind, value in zip(("running_var", "running_mean"), var_mean(x), strict=True):
+                buffer = norm.get_buffer(kind)
+                now = value.to(buffer)
                 if not all_finite(now):
                     raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
-                norm.get_buffer(buffer).lerp_(now, 1 / int(runs))
+                buffer.lerp_(now, 1 / int(runs))
 
+    before: dict[nn.Module, dict[str, Tensor]] = {}
     with ExitStack() as stack, watching(network):
         for name, norm in network.named_modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                before[norm] = {n: x.clone() for n, x in norm.named_buffers()}
                 norm.reset_running_stats()
-                stack.callback(norm.register_forward_pre_hook(partial(entered, name)).remove)
-        yield
+                hook = norm.register_forward_pre_hook(partial(entered, name), with_kwargs=True)
+                stack.callback(hook.remove)
+        try:
+            yield
+        except BaseException:
+            for norm, buffers in before.items():
+                norm.load_state_dict(buffers, strict=False)
+            raise
 
 
 def var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """Variance, over one less than there are values, and mean of every unit, along axis 1; both float64.
 
-    A block of examples at a time, about its own mean: an eighth of the time that torch.var_mean takes over pictures.
+    A block of examples at a time, about its own mean: a sixth of the time that torch.var_mean takes over pictures.
     """
     count, mean, squares = 0, *torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
     axes, along = [axis for axis in range(x.ndim) if axis != 1], [-1, *[1] * (x.ndim - 2)]

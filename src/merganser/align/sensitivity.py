@@ -26,7 +26,9 @@ from torch import Tensor
 
 from merganser.align.moments import Joint
 from merganser.align.orientation import inputs_first, matrix_of
+from merganser.align.triangles import cholesky
 from merganser.errors import MissingTensorError, ParameterError, ShapeError
+from merganser.numerics import product
 from merganser.symmetry import Spec
 from merganser.symmetry.spec import groups_in
 
@@ -135,13 +137,14 @@ def _gains(
     first, second = weights
     off, mean = share * (1 - share) * (first - second), (1 - share) * first + share * second
     merged, mixed, differ = _covariances(joint, share)
-    ahead = mixed @ off.T  # of m with V d
-    error = float(((off @ differ) * off).sum())
-    total = float(((mean @ merged) * mean).sum()) + 2 * float((mean * ahead.T).sum()) + error
+    ahead = product(mixed, off.T)  # of m with V d
+    error = float((product(off, differ) * off).sum())
+    total = float((product(mean, merged) * mean).sum()) + 2 * float((mean * ahead.T).sum()) + error
     nothing = {group: torch.zeros(len(units), dtype=torch.float64) for group, units in owned.items()}
     if error <= 0 or total <= 0:
         return nothing
-    together = _fitted(merged, ahead, error, joint.count, ridge)
+    more = any(units.numel() < len(merged) for units in owned.values())
+    together = _fitted(merged.clone() if more else merged, ahead, error, joint.count, ridge)
     gains = {}
     for group, units in owned.items():
         alone = _alone(off, differ, units)
@@ -157,10 +160,10 @@ def _covariances(joint: Joint, share: float) -> tuple[Tensor, Tensor, Tensor]:
     rest = 1 - share
     m, d = rest * joint.mean_a + share * joint.mean_b, joint.mean_a - joint.mean_b
     merged = (ab + ab.T).mul_(rest * share).add_(aa, alpha=rest**2).add_(bb, alpha=share**2)
-    merged = merged.div_(n).sub_(torch.outer(m, m))
     mixed = (rest * aa).sub_(ab, alpha=rest).add_(ab.T, alpha=share).sub_(bb, alpha=share)
-    mixed = mixed.div_(n).sub_(torch.outer(m, d))
-    differ = (aa - ab - ab.T + bb).div_(n).sub_(torch.outer(d, d))
+    differ = (aa - ab).sub_(ab.T).add_(bb)  # each without a matrix beside it
+    for x, left, right in ((merged, m, m), (mixed, m, d), (differ, d, d)):
+        x.div_(n).addr_(left, right, alpha=-1)
     return merged, mixed, differ
 
 
@@ -179,19 +182,22 @@ def _apart(
         return 0.0
     rest = off.clone()
     rest[:, apart] = 0
-    error = float(((rest @ differ) * rest).sum())
+    error = float((product(rest, differ) * rest).sum())
     if error <= 0:
         return 0.0
-    across, own = mixed[:, apart], differ[apart][:, apart]
-    both = torch.cat([torch.cat([merged, across], dim=1), torch.cat([across.T, own], dim=1)])
-    return _fitted(both, torch.cat([mixed @ rest.T, differ[apart] @ rest.T]), error, count, ridge)
+    f = len(merged)
+    both = merged.new_empty(f + len(apart), f + len(apart))
+    both[:f, :f], both[:f, f:] = merged, mixed[:, apart]
+    both[f:, :f], both[f:, f:] = both[:f, f:].T, differ[apart[:, None], apart]
+    ahead = torch.cat([product(mixed, rest.T), product(differ[apart], rest.T)])
+    return _fitted(both, ahead, error, count, ridge)
 
 
 def _fitted(inputs: Tensor, ahead: Tensor, error: float, count: int, ridge: float) -> float:
     """What least squares are expected to leave of a target on other rows.
 
     Args:
-        inputs: covariance of the entries, shape (p, p).
+        inputs: covariance of the entries, shape (p, p); written to.
         ahead: of the entries with the target, shape (p, outputs).
         error: mean square of the target, which is left where nothing is fitted.
         count: rows.
@@ -201,8 +207,10 @@ def _fitted(inputs: Tensor, ahead: Tensor, error: float, count: int, ridge: floa
     scale = float(inputs.diagonal().mean())
     if count <= entries or scale <= 0:
         return error
-    damped = inputs.clone()
-    damped.diagonal().add_(ridge * scale)
-    explained = torch.linalg.solve_triangular(torch.linalg.cholesky(damped), ahead, upper=False).square().sum()
+    inputs.diagonal().add_(ridge * scale)
+    factor = cholesky(inputs)
+    if factor is None:  # what varies is below the rounding of what does not
+        return error
+    explained = torch.linalg.solve_triangular(factor, ahead, upper=False).square().sum()
     left = max(error - float(explained), 0.0)
     return min(error, left * (count + entries) / (count - entries))

@@ -25,7 +25,7 @@ from merganser.align.activations import Batch
 from merganser.align.autocorrelation import Windows
 from merganser.align.layout import Splits
 from merganser.align.match import Progress
-from merganser.align.orientation import entries_of, matrix_of, weight_of
+from merganser.align.orientation import entries_of, matrix_of, outputs_of, weight_of
 from merganser.align.ran import cut, examples, joined, layers_run, watching
 from merganser.align.refit import Fit, Normal, Refitted, fit_of, solve
 from merganser.align.renorm import measuring
@@ -196,14 +196,16 @@ class _Work:
             wanted = len(self.drawn[name]), len(fit.rows)
             raise ShapeError(f"the blend for {name} gives {tuple(y.shape)}; its layer gives {wanted}")
         for part, rows in zip(torch.split(y, CHUNK), rows_of(layer, x, self.drawn[name]), strict=True):
-            normal.add(rows, part.double().cpu())
-        if not (all_finite(normal.gram) and all_finite(normal.cross)):
-            raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
+            finite = all_finite(rows) and all_finite(part)
+            if finite:
+                normal.add(rows, part.double().cpu())
+            if not finite or not (all_finite(normal.gram.diagonal()) and all_finite(normal.cross)):
+                raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
-        used = normal.centred() if bias is not None or name in self.free else normal
+        normal = normal.centred() if bias is not None or name in self.free else normal
         prior = matrix_of(weight, turned=fit.turned)
-        found = solve(used, prior, fit.rows.side, fit.entries.side, self.ridge)
-        self.done.residuals[name] = used.residual(found)
+        found = solve(normal, prior, fit.rows.side, fit.entries.side, self.ridge)
+        self.done.residuals[name] = normal.residual(found)
         weight.copy_(weight_of(found, weight, turned=fit.turned))
         self.done.tensors[f"{name}.weight"] = weight.detach()
         if bias is not None:
@@ -219,7 +221,8 @@ class _Work:
             free = self.memory_bytes
             some: list[str] = []
             for later in layers[layers.index(name) :]:
-                free -= 8 * len(self.drawn[later]) * len(self.fits[later].rows)
+                each = self.parents[0].get_submodule(later).get_parameter("weight").itemsize
+                free -= 2 * each * len(self.drawn[later]) * len(self.fits[later].rows)
                 if some and free < 0:
                     break
                 some.append(later)
@@ -235,9 +238,9 @@ class _Work:
         start = 0
 
         def ran(name: str, layer: nn.Module, _args: Any, y: Tensor) -> None:
-            flat, drawn, first = flat_rows(layer, y), self.drawn[name], start * self.places[name]
-            here = drawn[torch.searchsorted(drawn, first) : torch.searchsorted(drawn, first + len(flat))]
-            found[name].append(flat[(here - first).to(flat.device)])
+            count, drawn, first = y.numel() // outputs_of(layer), self.drawn[name], start * self.places[name]
+            here = drawn[torch.searchsorted(drawn, first) : torch.searchsorted(drawn, first + count)]
+            found[name].append(given_rows(layer, y, here - first))
 
         with ExitStack() as stack, watching(parent):
             for name in layers:
@@ -266,6 +269,13 @@ def flat_rows(layer: nn.Module, y: Tensor) -> Tensor:
     return y.movedim(axis, -1).reshape(-1, y.shape[axis])
 
 
+def given_rows(layer: nn.Module, y: Tensor, chosen: Tensor) -> Tensor:
+    """Some rows of what a layer gives, a copy: shape (n, units)."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return Windows((1, 1), line=isinstance(layer, nn.Conv1d)).rows(y, chosen)
+    return y.reshape(-1, y.shape[-1])[chosen.to(y.device)]
+
+
 def rows_of(layer: nn.Module, x: Tensor, chosen: Tensor) -> Iterator[Tensor]:
     """Some rows of what a layer takes in, `CHUNK` at a time: float64, shape (n, entries)."""
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
@@ -273,7 +283,5 @@ def rows_of(layer: nn.Module, x: Tensor, chosen: Tensor) -> Iterator[Tensor]:
         yield from (flat[part.to(x.device)].double().cpu() for part in torch.split(chosen, CHUNK))
         return
     windows = Windows.of(layer)
-    view = windows.view(windows.padded(x))
     for part in torch.split(chosen, CHUNK):
-        at = torch.unravel_index(part.to(x.device), view.shape[:3])
-        yield view[at].reshape(len(part), -1).double().cpu()
+        yield windows.rows(x, part).double().cpu()

@@ -38,6 +38,7 @@ class Stream:
         calls: how often they run in a batch.
         entries: of a row of one network.
         windows: of a convolution; None for a linear layer.
+        by_shifts: whether moments of all windows may be summed by shifts.
         nbytes: memory for sums, and for inputs that wait.
     """
 
@@ -46,6 +47,7 @@ class Stream:
     calls: int
     entries: int
     windows: Windows | None
+    by_shifts: bool
     nbytes: int
 
 
@@ -141,8 +143,9 @@ def streams_of(
         if asked:
             entries = entries_of(modules[names[0]])
             seen = [x for _, x in a[names[0]]]
-            nbytes = _nbytes(seen, entries, windows, share)
-            streams.append(Stream(tuple(names), asked, len(seen), entries, windows, nbytes))
+            shifts = windows is not None and any(_by_shifts(windows, x) for x in seen)
+            nbytes = _nbytes(seen, entries, windows, share, shifts)
+            streams.append(Stream(tuple(names), asked, len(seen), entries, windows, shifts, nbytes))
     return streams
 
 
@@ -150,15 +153,20 @@ def _windows(layer: nn.Module) -> Windows | None:
     return Windows.of(layer) if isinstance(layer, nn.Conv1d | nn.Conv2d) else None
 
 
-def _nbytes(runs: Sequence[Tensor], entries: int, windows: Windows | None, share: int | None) -> int:
+def _by_shifts(windows: Windows, x: Tensor) -> bool:
+    images, _, height, width = windows.padded(x).shape
+    return windows.by_shifts(height, width, images)
+
+
+def _nbytes(runs: Sequence[Tensor], entries: int, windows: Windows | None, share: int | None, shifts: bool) -> int:
     """Memory for sums, and for one network's inputs in a batch."""
     sums, waiting = (2 * entries + 1) ** 2, 0
     for x in runs:
         held = x if windows is None else windows.padded(x)
-        rows = x.numel() // entries if windows is None else prod(windows.view(held).shape[:3])
+        rows = x.numel() // entries if windows is None else prod(windows.windows_of(x))
         drawn = share is not None and share < rows * len(runs)
         waiting += x.itemsize * (min(rows, share or 0) * entries if drawn else held.numel())
-        if windows is not None and not drawn and windows.by_shifts(*held.shape[2:]):
+        if windows is not None and not drawn and shifts:
             sums = max(sums, (2 * entries + 1) ** 2 + pair_count(windows.kernel) * (2 * held.shape[1]) ** 2)
     return 8 * sums + waiting
 

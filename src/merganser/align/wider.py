@@ -125,6 +125,7 @@ def filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         MissingTensorError: If the state lacks a tensor.
         ExtraTensorError: If it has one that the network has not.
         ShapeError: If one has another shape.
+        ParameterError: If a tensor cannot be written to, as one that repeats its entries.
     """
     own = network.state_dict()
     if more := [name for name in state if name not in own]:
@@ -134,7 +135,10 @@ def filled(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             raise MissingTensorError(f"the state lacks {name} of the wider network")
         if state[name].shape != x.shape:
             raise ShapeError(f"{name} is {tuple(state[name].shape)}, and the wider network's {tuple(x.shape)}")
-    network.load_state_dict(dict(state))
+    try:
+        network.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ParameterError(f"the network cannot be filled: {str(error).splitlines()[-1].strip()}") from error
     return network
 
 
@@ -153,6 +157,8 @@ def rewidened(network: nn.Module, record: Record) -> nn.Module:
     for name, shape in record.shapes.items():
         if name not in own:
             raise ParameterError(f"the layout has {name}, and the network has no such tensor", "name its network")
+        if len(shape) != own[name].ndim:
+            raise ParameterError(f"the layout has {name} of {len(shape)} axes, and the network's has {own[name].ndim}")
         fresh.setdefault(id(own[name]), _zeros(own[name], shape))
         if tuple(fresh[id(own[name])].shape) != tuple(shape):
             raise ParameterError(f"{name} is another tensor too, which would be of another shape")
@@ -165,12 +171,17 @@ def rewidened(network: nn.Module, record: Record) -> nn.Module:
         for attribute, value in attributes.items():
             if name not in modules or not hasattr(modules[name], attribute):
                 raise ParameterError(f"the layout has {name}.{attribute}, and the network has none", "name its network")
+            if not (_is_int if _is_int(value) else _is_sizes)(getattr(modules[name], attribute)):
+                raise ParameterError(f"{name}.{attribute} cannot be {value}: the network's is something else")
             setattr(modules[name], attribute, value if isinstance(value, int) else tuple(value))
     return wide
 
 
 def _zeros(x: Tensor, shape: Sequence[int]) -> Tensor:
-    zeros = torch.zeros(tuple(shape), dtype=x.dtype, device=x.device)
+    try:
+        zeros = torch.zeros(tuple(shape), dtype=x.dtype, device=x.device)
+    except (RuntimeError, TypeError) as error:  # there is no such memory, or no such number
+        raise ParameterError(f"a tensor of shape {tuple(shape)} cannot be made") from error
     return nn.Parameter(zeros, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else zeros
 
 
@@ -338,6 +349,10 @@ class _Changes:
 
 def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_sizes(x: Any) -> bool:
+    return isinstance(x, tuple) and all(map(_is_int, x))
 
 
 def _products(part: Part, group: str) -> Iterator[Sequence[Part]]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merganser.align.triangles import add_products, cholesky, mirrored
+from merganser.align.triangles import add_products, cholesky, mirrored, taken
 
 
 def rows(count: int, entries: int, seed: int = 0) -> Tensor:
@@ -43,3 +43,10 @@ def test_a_factor_lies_where_the_matrix_lay(entries: int) -> None:
 
 def test_a_matrix_with_a_negative_direction_has_no_factor() -> None:
     assert cholesky(torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("places", [[6, 1, 3], [0, 1, 2, 3, 4, 5, 6], [4], []])
+def test_rows_and_columns_of_places_are_taken_in_their_order(places: list[int]) -> None:
+    gram = torch.arange(49.0, dtype=torch.float64).reshape(7, 7)
+    found = taken(gram, torch.tensor(places, dtype=torch.int64), 2)
+    assert found.tolist() == [[7.0 * i + j for j in places] for i in places]

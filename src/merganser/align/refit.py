@@ -30,7 +30,7 @@ from torch import Tensor
 from merganser.align.layout import Layout, Places, Side, Splits, head_axis, head_of, layout
 from merganser.align.moments import Joint
 from merganser.align.orientation import inputs_first, matrix_of, weight_of
-from merganser.align.triangles import cholesky
+from merganser.align.triangles import cholesky, taken
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.numerics import all_finite, product
 from merganser.symmetry import Spec
@@ -101,9 +101,9 @@ class Normal:
         self.count += len(x)
 
     def centred(self) -> Normal:
-        """About the means: a bias, or a norm that follows, takes these up."""
+        """About the means, which a bias or a norm that follows takes up; in the memory of these, which are gone."""
         n = self.count
-        gram = torch.addr(self.gram, self.inputs, self.inputs, alpha=-1 / n)  # no matrix beside it
+        gram = self.gram.addr_(self.inputs, self.inputs, alpha=-1 / n)
         cross = self.cross - self.inputs[:, None] * self.targets / n
         squares = self.squares - float(self.targets.square().sum()) / n
         squares = squares if squares > ROUNDING * self.squares else 0.0
@@ -147,16 +147,17 @@ def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: f
     order = columns.long().argsort(stable=True)  # merged, A's, B's
     found = torch.zeros_like(prior)
     whole: Tensor | None = None
+    factor: Tensor | None = None
     for side, other in ((Side.BOTH, None), (Side.FIRST, Side.SECOND), (Side.SECOND, Side.FIRST)):
         wanted = rows == side
         if not bool(wanted.any()):
             continue
         mine = order if other is None else order[columns[order] != other]
         if side == Side.SECOND:
-            whole = None  # no two factors at once
-            factor = _factor(normal.gram[mine[:, None], mine], strength, noise)
+            whole = factor = None  # no two factors at once
+            factor = _factor(taken(normal.gram, mine), strength, noise)
         else:
-            whole = _factor(normal.gram[order[:, None], order], strength, noise) if whole is None else whole
+            whole = _factor(taken(normal.gram, mine), strength, noise) if whole is None else whole
             factor = whole[: len(mine), : len(mine)]
         inside = missed[mine][:, wanted]
         if bool(torch.isfinite(factor).all()):

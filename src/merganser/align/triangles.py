@@ -38,6 +38,14 @@ def mirrored(gram: Tensor, block: int = 1024) -> Tensor:
     return gram
 
 
+def taken(gram: Tensor, places: Tensor, block: int = 256) -> Tensor:
+    """Some rows and the same columns of a matrix, with little memory beside the result."""
+    found = gram.new_empty(len(places), len(places))
+    for start in range(0, len(places), block):
+        found[start : start + block] = gram[places[start : start + block]].index_select(1, places)
+    return found
+
+
 def cholesky(gram: Tensor) -> Tensor | None:
     """Lower Cholesky factor in the memory of a symmetric matrix, of which only the upper triangle is read.
 

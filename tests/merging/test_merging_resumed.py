@@ -25,6 +25,8 @@ from merganser.merging.run import plan_recipes, run
 from merging_helpers import layered, merged, recipe, refused
 from support import load, save, save_family, tree
 
+pytestmark = pytest.mark.xdist_group("merging-resumed")  # what was killed is made once
+
 
 @pytest.fixture
 def family(tmp_path: Path) -> list[Path]:

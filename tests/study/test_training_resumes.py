@@ -20,6 +20,7 @@ from merganser.study.networks import load_encoder
 from merganser.study.training import Lesson, train
 from merganser.study.words import Training
 
+pytestmark = pytest.mark.xdist_group("training-resumes")  # what was killed is made once
 STEPS_AN_EPOCH = 2 + 3
 #: Moments of death, and how many epochs are kept then.
 MOMENTS = {

@@ -28,6 +28,7 @@ from merganser.study.words import Task, TaskPool, Zoo
 from merganser.study.zoo import base_of, missing, save_encoder, train_zoo
 from support import tree
 
+pytestmark = pytest.mark.xdist_group("zoo")  # what was killed is made once
 PLACES = ("base", "experts/one", "experts/two")
 TUNING = {"epochs": 1, "lr": 0.01, "batch": 8}
 

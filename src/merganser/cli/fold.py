@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -183,19 +183,8 @@ def remove(
     quiet: Quiet = False,
 ) -> None:
     """Take an expert out again, as if it had never come. Its file is read once more and must be the same."""
-    entry = _weighed(
-        state,
-        expert,
-        None,
-        f"removing {expert}",
-        quiet,
-        device,
-        ray,
-        workers,
-        threads,
-        base=base,
-        shard_bytes=shard_bytes,
-    )
+    where = _Where(device, threads, ray, workers, quiet)
+    entry = _weighed(state, expert, None, where, base=base, shard_bytes=shard_bytes)
     if not quiet:
         console().print(f"{state}: {entry.name} is out")
 
@@ -214,19 +203,8 @@ def reweight(
     quiet: Quiet = False,
 ) -> None:
     """Give an expert another weight, as if it had come with it."""
-    entry = _weighed(
-        state,
-        expert,
-        weight,
-        f"reweighting {expert}",
-        quiet,
-        device,
-        ray,
-        workers,
-        threads,
-        base=base,
-        shard_bytes=shard_bytes,
-    )
+    where = _Where(device, threads, ray, workers, quiet)
+    entry = _weighed(state, expert, weight, where, base=base, shard_bytes=shard_bytes)
     if not quiet:
         console().print(f"{state}: {entry.name} now has weight {entry.weight:g}")
 
@@ -344,23 +322,23 @@ def verify(state: State, base: Base = None, threads: Threads = None) -> None:
         raise typer.Exit(1)
 
 
-def _weighed(
-    state: Path,
-    expert: str,
-    weight: float | None,
-    label: str,
-    quiet: bool,
-    device: str,
-    ray: str | None,
-    workers: int | None,
-    threads: int | None,
-    **which: Any,
-) -> Contributor:
-    """Give an expert another weight, or None, in this process or by a cluster; its entry."""
+class _Where(NamedTuple):
+    """Who does the work: this process, or a cluster."""
+
+    device: str
+    threads: int | None
+    ray: str | None
+    workers: int | None
+    quiet: bool
+
+
+def _weighed(state: Path, expert: str, weight: float | None, where: _Where, **which: Any) -> Contributor:
+    """Give an expert another weight, or None to take it out; its entry."""
     from merganser.continual import Fold
 
+    device, threads, ray, workers, quiet = where
     _refuse_apart(ray, workers, device)
-    fold = Fold(state)
+    fold, label = Fold(state), f"{'removing' if weight is None else 'reweighting'} {expert}"
     if ray is None:
         with progress_bar(label, quiet=quiet) as progress:
             how = {"device": device, "threads": threads, "progress": progress, **which}

@@ -60,6 +60,21 @@ def test_many_writers_to_one_place_at_once_leave_one_whole_result_and_nothing_el
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_result_is_replaced_also_where_the_place_looked_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is listed while another writer exchanges and removes it has nothing in it, and its place has."""
+    infos = {"x": TensorInfo((1,), "F32")}
+    write(tmp_path / "out", {"x": torch.zeros(1)})
+    with CheckpointWriter(tmp_path / "out", infos, overwrite=True) as writer:
+        writer.put("x", torch.ones(1))
+        monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
+        writer.commit({})
+        monkeypatch.undo()
+    assert float(load_file(tmp_path / "out" / "model.safetensors")["x"]) == 1.0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 # Killed at any moment: every operation on the file system, one after the other, is the last
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import hashlib
@@ -95,18 +96,18 @@ class FolderTransaction:
 
     def commit(self) -> None:
         """Flush, then rename."""
-        for path in sorted(self.folder.rglob("*")):
+        for path in (*sorted(self.folder.rglob("*")), self.folder):
             sync(path)
-        sync(self.folder)
-        if self.target.exists() and any(self.target.iterdir()):
+        try:
+            self.folder.rename(self.target)  # replaces an empty folder too; to look first would be too early
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             if not self._overwrite:
-                raise OutputError(f"{self.target} appeared meanwhile", "choose another name")
+                raise OutputError(f"{self.target} appeared meanwhile", "choose another name") from error
             _exchange(self.folder, self.target)
-            sync(self.target.parent)
-            shutil.rmtree(self.folder, ignore_errors=True)  # now the old content; what stays is the next writer's
-        else:
-            self.folder.rename(self.target)  # replaces an empty folder too
-            sync(self.target.parent)
+        sync(self.target.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)  # the old content, if any; what stays is the next writer's
         os.close(self._lock)
 
     def abort(self, *, leave: bool = False) -> None:
@@ -144,8 +145,7 @@ def _exchange(one: Path, other: Path) -> None:
         at_cwd, exchange = -100, 2
         failed = libc.renameat2(at_cwd, names[0], at_cwd, names[1], exchange)
     elif hasattr(libc, "renamex_np"):  # macOS
-        swap = 2
-        failed = libc.renamex_np(names[0], names[1], swap)
+        failed = libc.renamex_np(names[0], names[1], 2)  # RENAME_SWAP
     else:
         failed = -1
     if failed:

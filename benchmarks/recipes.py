@@ -6,7 +6,8 @@
     python benchmarks/recipes.py --methods ties linear --models 8 --rounds 3
 
 Each run is a process of its own; both read files that are in the page cache. "Merge only" is the whole process less
-the same program's merge of one small tensor (start-up, imports, bookkeeping). Peak memory is what the process holds
+the same program's merge of one small tensor (start-up, imports, bookkeeping). "Bare" is ours with --no-digests: the
+receipt then has no sha256 of inputs, and mergekit has no receipt. Peak memory is what the process holds
 for itself (anonymous pages), sampled every 20 ms: pages of the files that mergekit maps do not count.
 """
 
@@ -128,10 +129,10 @@ class Bench:
         subprocess.run(script, check=True)
         return [folder / f"model-{i}" for i in range(count + 1)]
 
-    def ours(self) -> Run:
+    def ours(self, *more: str) -> Run:
         """One merge by `merganser merge`."""
         shutil.rmtree(self.out, ignore_errors=True)
-        command = [sys.executable, "-m", "merganser", "merge", str(self.file), str(self.out)]
+        command = [sys.executable, "-m", "merganser", "merge", str(self.file), str(self.out), *more]
         return measure([*command, "--threads", str(self.threads)], self.threads)
 
     def theirs(self) -> Run:
@@ -141,18 +142,19 @@ class Bench:
         command = [str(self.peer.parent / "mergekit-yaml"), str(self.file), str(self.out), "--no-copy-tokenizer"]
         return measure([*command, "--quiet", "--num-threads", str(self.threads), "--lazy-unpickle"], self.threads)
 
-    def pair(self, method: str, folders: Sequence[Path], rounds: int) -> tuple[list[Run], list[Run]]:
-        """Both programs in turn on one recipe."""
+    def all(self, method: str, folders: Sequence[Path], rounds: int) -> tuple[list[Run], list[Run], list[Run]]:
+        """Ours with and without digests of inputs, and the peer, in turn on one recipe."""
         self.file.write_text(recipe(method, folders))
         for folder in folders:
             for path in folder.glob("*.safetensors"):
                 path.read_bytes()
-        ours, theirs = [], []
+        ours, bare, theirs = [], [], []
         for _ in range(rounds):
             ours.append(self.ours())
+            bare.append(self.ours("--no-digests"))
             if self.peer is not None:
                 theirs.append(self.theirs())
-        return ours, theirs
+        return ours, bare, theirs
 
 
 def middle(runs: Sequence[Run], part: str) -> float:
@@ -181,22 +183,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="one merge of 10,803 tiny tensors instead")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"))
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    start_up = bench.pair("linear", bench.models("one", 2), max(2, args.rounds))
+    start_up = bench.all("linear", bench.models("one", 2), max(3, args.rounds))
     started = [middle(runs, "cpu_s") if runs else 0.0 for runs in start_up]
-    lines = [
-        f"{args.threads} threads, {args.rounds} rounds; start-up {started[0]:.2f} CPU-s, mergekit's {started[1]:.2f}.",
-        "",
-        "| method | models | CPU-s | mergekit | ratio | merge only | mergekit | ratio | wall s | mergekit |"
-        " MB | mergekit |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    notes: list[str] = []
-    print("\n".join(lines), flush=True)
+    print(
+        f"{args.threads} threads, {args.rounds} rounds; start-up {started[0]:.2f} CPU-s, mergekit's {started[2]:.2f}.\n"
+    )
+    print("| method | models | CPU-s | bare | mergekit | ratio | bare |", end="")
+    print(" merge only | bare | mergekit | ratio | bare | wall s | mergekit | MB | mergekit |")
+    print("|---|" + "---:|" * 15, flush=True)
     if args.tiny:
         cases = [("linear", 2, bench.models("tiny", 2))]
     else:
@@ -204,26 +202,26 @@ def main() -> None:
         counts = {m: [2] if METHODS[m].get("pair") else args.models for m in args.methods}
         cases = [(m, k, folders[: k + 1]) for m in args.methods for k in counts[m]]
     for method, count, chosen in cases:
-        ours, theirs = bench.pair(method, chosen, args.rounds)
-        cells = [method, str(count)]
-        whole, only = middle(ours, "cpu_s"), middle(ours, "cpu_s") - started[0]
-        if theirs:
-            peer, peer_only = middle(theirs, "cpu_s"), middle(theirs, "cpu_s") - started[1]
-            cells += [f"{whole:.1f}", f"{peer:.1f}", f"{peer / whole:.1f}"]
-            cells += [f"{only:.1f}", f"{peer_only:.1f}", f"{peer_only / max(only, 0.01):.1f}"]
-            cells += [f"{middle(ours, 'wall_s'):.1f}", f"{middle(theirs, 'wall_s'):.1f}"]
-            cells += [f"{middle(ours, 'peak_mb'):.0f}", f"{middle(theirs, 'peak_mb'):.0f}"]
-        else:
-            cells += [f"{whole:.1f}", "", "", f"{only:.1f}", "", "", f"{middle(ours, 'wall_s'):.1f}", ""]
-            cells += [f"{middle(ours, 'peak_mb'):.0f}", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-        print(lines[-1], flush=True)
-        if method == "linear" and not args.tiny:
-            wall = min(copying(chosen, bench.work / "copy.bin") for _ in range(2))
-            notes.append(f"Plain copies: {wall:.1f} s of wall time for the same {count} models read and one written.")
-            print(notes[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join([*lines, "", *notes]) + "\n")
+        runs = bench.all(method, chosen, args.rounds)
+        print(f"| {method} | {count} | {' | '.join(cells(runs, started))} |", flush=True)
+    if not args.tiny:
+        for count in args.models:
+            wall = min(copying(folders[: count + 1], bench.work / "copy.bin") for _ in range(2))
+            print(f"\nPlain copies: {wall:.1f} s of wall time for the same {count} models read and one written.")
+
+
+def cells(runs: Sequence[Sequence[Run]], started: Sequence[float]) -> list[str]:
+    """Figures of one method, as the table has them; empty where the peer did not run."""
+    row = []
+    for less in ([0.0] * 3, started):
+        ours, bare, peer = (middle(of, "cpu_s") - start if of else None for of, start in zip(runs, less, strict=True))
+        assert ours is not None
+        assert bare is not None
+        row += [f"{ours:.1f}", f"{bare:.1f}"]
+        row += ["", "", ""] if peer is None else [f"{x:.1f}" for x in (peer, peer / ours, peer / bare)]
+    for part, digits in (("wall_s", 1), ("peak_mb", 0)):
+        row += [f"{middle(of, part):.{digits}f}" if of else "" for of in (runs[0], runs[2])]
+    return row
 
 
 if __name__ == "__main__":

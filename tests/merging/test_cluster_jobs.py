@@ -200,6 +200,14 @@ def test_parts_give_the_bytes_of_one_process_and_the_receipt_too(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_tasks_keep_no_digests_of_inputs_where_none_are_asked_for(models: list[Path], tmp_path: Path) -> None:
+    recipes = ways(models)["linear"]
+    for digests in (True, False):
+        out = merge_on(InProcess(), recipes, tmp_path / str(digests), shard_bytes=SHARD_BYTES, digests=digests)
+        read = json.loads((out / "merganser.json").read_text())["inputs"].values()
+        assert [bool(source["tensors"]) for source in read] == [digests] * len(read)
+
+
 def half_then_gone_at_first() -> tuple[Callable[..., Written | Failure], Callable[[int, int], bool]]:
     """A task whose first attempts at some parts leave wrong bytes, and whether the worker of an attempt dies."""
     seen = Counter[int]()

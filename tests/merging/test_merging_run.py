@@ -21,7 +21,7 @@ from merganser.errors import (
     ShapeError,
 )
 from merganser.merging.recipe import Input, Recipe, Slice
-from merganser.merging.run import plan_recipes
+from merganser.merging.run import plan_any, plan_recipes, run
 from merganser.merging.values import Choice, Gradient
 from merging_helpers import layered, merged, recipe, refused
 from support import arrays, change, load, make_base, save, save_family, tune
@@ -362,3 +362,17 @@ def test_noise_is_the_recipe_s_wherever_it_is_run(tmp_path: Path, monkeypatch: p
     two = load(merge("r.yaml", "../two"))
     three = load(merge(tmp_path / "d" / "r.yaml", "../three"))
     assert all(torch.equal(one[n], two[n]) and torch.equal(one[n], three[n]) for n in one)
+
+
+def test_receipt_has_no_digests_of_inputs_where_none_are_asked_for_and_the_weights_are_the_same(
+    family: list[Path], tmp_path: Path
+) -> None:
+    recipes = [recipe("ties", family[1:], family[0])]
+    run(plan_any(recipes), tmp_path / "with")
+    run(plan_any(recipes, digests=False), tmp_path / "without")
+    assert (tmp_path / "with/model.safetensors").read_bytes() == (tmp_path / "without/model.safetensors").read_bytes()
+    receipts = [json.loads((tmp_path / out / "merganser.json").read_text()) for out in ("with", "without")]
+    assert receipts[0]["outputs"] == receipts[1]["outputs"]
+    tensors = [[source["tensors"] for source in receipt["inputs"].values()] for receipt in receipts]
+    assert all(tensors[0])
+    assert tensors[1] == [{}] * len(family)

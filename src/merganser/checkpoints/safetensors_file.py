@@ -78,21 +78,26 @@ class SafetensorsFile:
             begin, end = begin + rows[0] * row_bytes, begin + rows[1] * row_bytes
             shape = (rows[1] - rows[0], *shape[1:])
         data = torch.empty(end - begin, dtype=torch.uint8)
-        view = raw_bytes(data)
+        self._fill(data.numpy().data, self._data_start + begin, name)
+        return data.view(TORCH_DTYPES[info.dtype]).reshape(shape)
+
+    def _fill(self, view: memoryview, position: int, name: str) -> None:
+        """Read bytes from a place in the file on."""
         try:
-            with self.path.open("rb", buffering=0) as file:
-                if _stamp(file.fileno()) != self._stamp:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if _stamp(descriptor) != self._stamp:
                     raise CheckpointError(f"{self.path} changed while it was being read", "run the command again")
-                file.seek(self._data_start + begin)
                 done = 0
                 while done < len(view):
-                    got = file.readinto(view[done:])
+                    got = os.preadv(descriptor, [view[done:]], position + done)
                     if not got:
                         raise CheckpointError(f"{self.path} ends inside {name}")
                     done += got
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error.strerror}") from error
-        return data.view(TORCH_DTYPES[info.dtype]).reshape(shape)
 
     def companions(self) -> Sequence[Path]:
         """A bare file brings no others."""

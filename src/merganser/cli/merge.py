@@ -32,6 +32,12 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that was made here.")] = False,
     threads: Annotated[int | None, typer.Option(help="Tensors at a time; all processors by default.")] = None,
     memory: Memory = None,
+    digests: Annotated[
+        bool,
+        typer.Option(
+            help="Put the sha256 of every tensor that is read into the receipt; hashing is half the work of a mean."
+        ),
+    ] = True,
     shard_bytes: ShardBytes = 5_000_000_000,
     ray: Ray = None,
     workers: Workers = None,
@@ -67,10 +73,10 @@ def merge(
         limits = Limits(workers=workers, threads=threads, memory_bytes=memory_bytes)
         refuse(recipes, out, overwrite=overwrite)  # before any process is begun
         with connected(ray, workers=workers, threads=threads) as tasks, progress_bar("merging") as progress:
-            merge_on(tasks, recipes, out, limits=limits, progress=progress, **options)
+            merge_on(tasks, recipes, out, limits=limits, digests=digests, progress=progress, **options)
         console().print(f"wrote {out}", soft_wrap=True)
         return
-    merged = plan_any(recipes)
+    merged = plan_any(recipes, digests=digests)
     with progress_bar("merging") as progress:
         run(merged, out, threads=threads, memory_bytes=memory_bytes, progress=progress, **options)
     console().print(f"wrote {out}", soft_wrap=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def merge_on(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     resume: bool = False,
     overwrite: bool = False,
+    digests: bool = True,
     progress: Progress | None = None,
     write: Callable[..., Written | Failure] = write_part,
 ) -> Path:
@@ -65,6 +67,7 @@ def merge_on(
         shard_bytes: size in bytes at which the next file is begun; no more tasks than files work at a time.
         resume: go on with what an interrupted run of the same plan left; leave it again when interrupted.
         overwrite: replace a folder that is there.
+        digests: whether the receipt holds the sha256 of every tensor that is read.
         progress: called as (bytes done, bytes in all).
         write: what a task does.
 
@@ -86,7 +89,7 @@ def merge_on(
                 remember(merged, writer.folder)
         sizes = {name: moved_bytes(merged, name) for name in writer.infos if name not in writer.done}
         handout, threads = _handout(tasks, merged, sizes, writer.files, limits or Limits(), progress, writer)
-        shared = tasks.share(_work(recipes, merged, threads, writer.folder, out))
+        shared = tasks.share(replace(_work(recipes, merged, threads, writer.folder, out), digests=digests))
         read: dict[str, dict[str, str]] = {}
         peaks = [peak_memory()]
 

@@ -38,6 +38,7 @@ class Work:
         target: what it becomes.
         threads: tensors at a time.
         factors: on the changes of whole models, of the merge's stages in turn, where they have one.
+        digests: whether to keep a digest of what is read.
     """
 
     recipes: tuple[Recipe, ...]
@@ -47,6 +48,7 @@ class Work:
     target: str
     threads: int
     factors: tuple[float | None, ...] = ()
+    digests: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def measure_part(work: Work, part: Part, each: Each) -> dict[str, Any] | Failure
 
 def _attempted(work: Work, part: Part, do: Callable[[Merged], T]) -> T | Failure:
     def planned() -> T:
-        merged = plan_recipes(work.recipes)
+        merged = plan_recipes(work.recipes, digests=work.digests)
         refuse_other(key_of(merged), work.key)
         for stage, factor in zip(merged.stages(), work.factors, strict=False):  # none while they are measured
             stage.factor = factor

@@ -42,13 +42,14 @@ MATRIX_BYTES = 72
 KEPT_BYTES = 1 << 26
 
 
-def merge(recipe: str | Path, out: str | Path, *, lenient: bool = False, **options: Any) -> Path:
+def merge(recipe: str | Path, out: str | Path, *, lenient: bool = False, digests: bool = True, **options: Any) -> Path:
     """Merge several models into one, as a recipe says.
 
     Args:
         recipe: a YAML file, in our language or in mergekit's.
         out: folder to make.
         lenient: do not refuse keys that mergekit ignores.
+        digests: whether the receipt holds the sha256 of every tensor that is read.
         options: of `run`: shard_bytes, threads, resume, overwrite, progress.
 
     Returns:
@@ -58,7 +59,7 @@ def merge(recipe: str | Path, out: str | Path, *, lenient: bool = False, **optio
         MerganserError: Whatever is wrong with the recipe or its models; then nothing is there.
     """
     recipes, _ = read_recipes(Path(recipe), lenient=lenient)
-    return run(plan_any(recipes), Path(out), **options)
+    return run(plan_any(recipes, digests=digests), Path(out), **options)
 
 
 def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS, digests: bool = True) -> Merged:
@@ -95,14 +96,16 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
     return merged
 
 
-def plan_any(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS) -> Merged | AdapterMerge:
-    """Plan recipes of whole models, or the one that merges adapters with each other.
+def plan_any(
+    recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS, digests: bool = True
+) -> Merged | AdapterMerge:
+    """Plan recipes of whole models, or the one that merges adapters with each other; arguments as of `plan_recipes`.
 
     Raises:
         MerganserError: Whatever is wrong with a recipe or its models; nothing was written.
     """
     if not recipes or recipes[-1].adapter is None:
-        return plan_recipes(recipes, chunk_elements=chunk_elements)
+        return plan_recipes(recipes, chunk_elements=chunk_elements, digests=digests)
     names = {recipe.name for recipe in recipes if recipe.name is not None}
     for ref in recipes[-1].refs:
         if made := [part for part in parts_of(ref) if part in names]:
@@ -110,7 +113,7 @@ def plan_any(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEMENTS)
                 f"{made[0]} is a recipe of this file, and adapters are merged from folders alone",
                 "merge it first, and name the folder",
             )
-    return plan_adapters(recipes[-1])
+    return plan_adapters(recipes[-1], digests=digests)
 
 
 def run(

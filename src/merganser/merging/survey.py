@@ -12,13 +12,11 @@ from math import fsum, prod
 import torch
 from torch import Tensor
 
-from merganser.numerics import product
-
 #: Elements of one cell of the grid, about.
 CELL_ELEMENTS = 1 << 16
 
-#: Elements of every model that are multiplied at a time: they stay in the processor's cache.
-BLOCK_ELEMENTS = 1 << 14
+#: Elements of all models together that are multiplied at a time, about: they stay in the processor's cache.
+BLOCK_ELEMENTS = 1 << 17
 
 Stack = Sequence[Tensor]
 
@@ -84,15 +82,16 @@ def inner_products(chunks: Iterable[Stack], rows_of_a_cell: int) -> Tensor:
     models = 0
     for stack in chunks:
         models = len(stack)
-        buffer = torch.empty(models, BLOCK_ELEMENTS, dtype=torch.float64)
+        wide = 1 << (BLOCK_ELEMENTS // models).bit_length() - 1
+        buffer = torch.empty(models, wide, dtype=torch.float64)
         rows = stack[0].shape[0] if stack[0].dim() else 1
         for start in range(0, rows, rows_of_a_cell):
             parts = [_part(x, start, start + rows_of_a_cell).reshape(-1) for x in stack]
-            for low in range(0, parts[0].numel(), BLOCK_ELEMENTS):
-                block = buffer[:, : min(BLOCK_ELEMENTS, parts[0].numel() - low)]
+            for low in range(0, parts[0].numel(), wide):
+                block = buffer[:, : min(wide, parts[0].numel() - low)]
                 for row, part in zip(block, parts, strict=True):
-                    row.copy_(part[low : low + BLOCK_ELEMENTS])
-                found.append(product(block, block.T).reshape(-1).tolist())
+                    row.copy_(part[low : low + wide])
+                found.append((block @ block.T).reshape(-1).tolist())
     dots = torch.tensor([fsum(column) for column in zip(*found, strict=True)], dtype=torch.float64)
     dots = dots.reshape(models, models) if found else torch.zeros(models, models, dtype=torch.float64)
     return dots.triu() + dots.triu(1).T

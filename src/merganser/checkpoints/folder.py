@@ -65,6 +65,10 @@ class SafetensorsShards:
         """Read one tensor or rows of it from the shard that holds it."""
         return self._home[name].read(name, rows)
 
+    def read_lines(self, name: str, lines: tuple[int, int] | None = None) -> Tensor:
+        """Read one tensor or lines of it along its last axis from the shard that holds it."""
+        return self._home[name].read_lines(name, lines)
+
     def companions(self) -> Sequence[Path]:
         """The index brings no others; its folder does."""
         return ()
@@ -79,6 +83,8 @@ class FolderSource:
         self._weights, self.folder = weights, folder
         self.ref, self.infos, self.aliases = weights.ref, weights.infos, weights.aliases
         self.read = weights.read
+        if isinstance(weights, SafetensorsFile | SafetensorsShards):
+            self.read_lines = weights.read_lines
 
     def companions(self) -> Sequence[Path]:
         """Config, tokenizer, chat template and licence files, sorted by name; code where the config names some."""

@@ -49,7 +49,7 @@ class PlacedWriter:
         self._known: dict[str, str] = {}
 
     def put(self, name: str, tensor: Tensor, start_row: int = 0) -> int:
-        """Write a tensor, or the rows of it from `start_row` on.
+        """Write a tensor, or the rows of it from `start_row` on; lines along its last axis are counted likewise.
 
         Returns:
             How many bytes were written.
@@ -61,7 +61,7 @@ class PlacedWriter:
         place = self.places[name]
         info = place.info
         data = raw_bytes(narrowed(tensor.detach(), info.dtype, name).cpu())
-        offset = start_row * (info.nbytes // info.rows) if info.rows else 0
+        offset = start_row * (len(data) // max(1, len(tensor))) if start_row else 0
         if offset != self._written[name] or offset + len(data) > info.nbytes:
             raise ValueError(f"{name}: bytes [{offset}, {offset + len(data)}) do not follow {self._written[name]}")
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from merganser.errors import CheckpointError, DtypeError
-from merganser.numerics import TORCH_DTYPES, raw_bytes
+from merganser.numerics import TORCH_DTYPES
 from merganser.types import ITEM_BYTES, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
@@ -69,17 +70,36 @@ class SafetensorsFile:
             CheckpointError: If the file changed or ended since its header was read.
             IndexError: If the tensor has no such rows.
         """
-        info = self.infos[name]
-        shape, (begin, end) = info.shape, self._spans[name]
-        if rows is not None and info.shape:
-            if not 0 <= rows[0] <= rows[1] <= info.rows:
-                raise IndexError(f"{self.path}: {name} has {info.rows} rows, not {rows}")
-            row_bytes = (end - begin) // info.rows if info.rows else 0
+        return self._part(name, self.infos[name].shape, rows)
+
+    def read_lines(self, name: str, lines: tuple[int, int] | None = None) -> Tensor:
+        """Copy one tensor, or some of its lines along the last axis, out of the file.
+
+        Args:
+            name: of a tensor with two axes at least.
+            lines: [start, stop) in row-major order; all where there is none.
+
+        Returns:
+            Shape (lines, last axis).
+
+        Raises:
+            CheckpointError: If the file changed or ended since its header was read.
+            IndexError: If the tensor has no such lines.
+        """
+        shape = self.infos[name].shape
+        return self._part(name, (prod(shape[:-1]), shape[-1]), lines)
+
+    def _part(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None) -> Tensor:
+        begin, end = self._spans[name]
+        if rows is not None and shape:
+            if not 0 <= rows[0] <= rows[1] <= shape[0]:
+                raise IndexError(f"{self.path}: {name} has {shape[0]} rows, not {rows}")
+            row_bytes = (end - begin) // shape[0] if shape[0] else 0
             begin, end = begin + rows[0] * row_bytes, begin + rows[1] * row_bytes
             shape = (rows[1] - rows[0], *shape[1:])
         data = torch.empty(end - begin, dtype=torch.uint8)
         self._fill(data.numpy().data, self._data_start + begin, name)
-        return data.view(TORCH_DTYPES[info.dtype]).reshape(shape)
+        return data.view(TORCH_DTYPES[self.infos[name].dtype]).reshape(shape)
 
     def _fill(self, view: memoryview, position: int, name: str) -> None:
         """Read bytes from a place in the file on."""

@@ -18,18 +18,30 @@ from torch import Tensor
 
 from merganser.continual.kinds import kind_of
 from merganser.continual.passing import NORMED
-from merganser.continual.roles import is_matrix, literal
-from merganser.errors import DtypeError, NonFiniteError
+from merganser.continual.roles import is_matrix
+from merganser.errors import NonFiniteError
 from merganser.merging.folding import factor_of, folded, has_factor
 from merganser.merging.held import HELD_BYTES, Held, Rows
-from merganser.merging.parts import Measured, kept_of, mean_of, packed, refuse_nonfinite, restored, seen, unpacked
+from merganser.merging.lines import in_lines, is_long, read_part, reads_lines
+from merganser.merging.parts import (
+    Measured,
+    copied,
+    kept_of,
+    mean_of,
+    noise_of,
+    packed,
+    refuse_nonfinite,
+    restored,
+    seen,
+    spans_of,
+    unpacked,
+)
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.post import finished
 from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
 from merganser.merging.survey import cell_rows, chunk_rows, inner_products, norm_ratios, spread_rows, sums
 from merganser.merging.vocabulary_rows import unwrapped
 from merganser.methods.joint import Joint, Locality, kept, names_of
-from merganser.noise import uniform
 from merganser.numerics import all_finite, compute_dtype, narrowed
 from merganser.types import TensorInfo
 
@@ -47,6 +59,8 @@ class Merged:
     Attributes:
         tokenizer_files: of the output, where the recipe asks for a vocabulary; not there otherwise.
         factor: on the change of the whole model, where the method has one and it is measured already.
+        in_lines: names of the tensors that are seen as matrices of their lines.
+        tensors: of the plan, as they are seen.
     """
 
     identity: str | None = None
@@ -56,6 +70,8 @@ class Merged:
         self.plan, self.ref = plan, plan.recipe.name or "the merge"
         self._chunk_elements = chunk_elements
         self.infos: Mapping[str, TensorInfo] = {name: t.info for name, t in plan.tensors.items()}
+        self.in_lines = frozenset(name for name, t in plan.tensors.items() if self._goes_in_lines(t))
+        self.tensors = {name: in_lines(t) if name in self.in_lines else t for name, t in plan.tensors.items()}
         self.aliases: Mapping[str, str] = dict(plan.aliases)
         if plan.vocabulary is not None:
             self.tokenizer_files = plan.vocabulary.files
@@ -77,33 +93,49 @@ class Merged:
         """The donor's files."""
         return self.plan.sources[self.plan.donor].companions()
 
+    def _goes_in_lines(self, tensor: TensorPlan) -> bool:
+        """Whether lines of a tensor can be merged, and its rows are too long."""
+        if not is_long(tensor.info.shape) or self._locality(tensor) not in ("element", "line") or tensor.statistics:
+            return False
+        folds = not isinstance(self.plan.rules.method, Joint) and tensor.role not in ("fixed", "exact", "statistic")
+        return not folds and all(reads_lines(self.plan.sources[p.ref], p.name) for p in tensor.pieces)
+
     def chunks(self, name: str) -> Iterator[Rows]:
-        """Rows to ask for in turn; (None,) where the whole tensor must be merged at once."""
-        tensor = self.plan.tensors[name]
+        """Rows, or lines, to ask `read_lines` for in turn; (None,) where the whole must be merged at once."""
+        tensor = self.tensors[name]
         if not tensor.info.shape or self._locality(tensor) == "tensor":
             yield None
         else:
             yield from chunk_rows(tensor.info.shape, self._chunk_elements)
 
     def read(self, name: str, rows: Rows = None) -> Tensor:
-        """Merge one tensor, or rows of it.
+        """Merge one tensor, or rows of it; errors as of `read_lines`."""
+        shape = self.infos[name].shape
+        if name not in self.in_lines:
+            return self.read_lines(name, rows)
+        lines = prod(shape[1:-1])
+        part = (rows[0] * lines, rows[1] * lines) if rows is not None else None
+        return self.read_lines(name, part).reshape(-1, *shape[1:])
+
+    def read_lines(self, name: str, rows: Rows = None) -> Tensor:
+        """Merge one tensor, or rows of it; lines along its last axis where it is among `in_lines`.
 
         Raises:
             NonFiniteError: If a model holds NaN or infinity there, or the merged value does not fit its type.
             DtypeError: If integers differ between models.
             ParameterError: If the method refuses a setting.
         """
-        tensor = self.plan.tensors[name]
+        tensor = self.tensors[name]
         if tensor.role in ("fixed", "exact"):
-            return self._copied(name, tensor, rows)
+            return copied(name, tensor, lambda piece: self._read(piece, rows, tensor))
         with self._locks[name]:
             if rows is not None and self._reads_whole(name, tensor, rows):
                 whole = self._whole.get(name)
                 if whole is None:  # or forgotten meanwhile by another tensor's end
-                    whole = self._whole[name] = self.read(name)
+                    whole = self._whole[name] = self.read_lines(name)
                 return whole[rows[0] : rows[1]]
             if rows is None and self._locality(tensor) != "tensor" and tensor.info.shape:
-                return torch.cat([self.read(name, part) for part in self.chunks(name)])
+                return torch.cat([self.read_lines(name, part) for part in self.chunks(name)])
             merged = self._merged(name, tensor, rows)
         if not all_finite(merged):
             raise NonFiniteError(f"the merged {name} is not finite", "the weights or the scale are too large")
@@ -122,7 +154,7 @@ class Merged:
         """Drop what is kept of a tensor that is not read again, in the stages before this one too."""
         self._measured.pop(name, None)
         self._whole.pop(name, None)
-        tensor = self.plan.tensors[name]
+        tensor = self.tensors[name]
         self._held.pop(tensor.pieces, None)
         for piece in tensor.pieces:
             if isinstance(stage := unwrapped(self.plan.sources[piece.ref]), Merged):
@@ -130,14 +162,14 @@ class Merged:
 
     # what goes into the function
 
-    def _read(self, piece: Piece, rows: Rows) -> Tensor:
-        return self.plan.sources[piece.ref].read(piece.name, rows)
+    def _read(self, piece: Piece, rows: Rows, tensor: TensorPlan) -> Tensor:
+        return read_part(self.plan.sources[piece.ref], piece, rows, tensor)
 
     def _stored(self, tensor: TensorPlan, rows: Rows, *, again: bool) -> list[Tensor]:
         """The models' rows and behind them the base's, as stored, all finite; kept where they are read again."""
 
         def read() -> list[Tensor]:
-            stored = [self._read(piece, rows) for piece in tensor.pieces]
+            stored = [self._read(piece, rows, tensor) for piece in tensor.pieces]
             for piece, x in zip(tensor.pieces, stored, strict=True):
                 refuse_nonfinite(piece, x)
             return stored
@@ -147,7 +179,7 @@ class Merged:
 
     def held_bytes(self, name: str) -> int:
         """Memory in bytes that is kept of a tensor while it is merged."""
-        tensor = self.plan.tensors[name]
+        tensor = self.tensors[name]
         row, chunked = self.plan.rules.method, self._locality(tensor) != "tensor"
         if tensor.role in ("fixed", "exact", "statistic") or not isinstance(row, Joint) or not chunked:
             return 0
@@ -177,24 +209,11 @@ class Merged:
             return [x.to(dtype) for x in stored], base
         return [x.to(dtype) - base if x.dtype == dtype else x.to(dtype).sub_(base) for x in stored], base
 
-    def _copied(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
-        lead = tensor.base or tensor.models[0]
-        value = self._read(lead, rows)
-        if tensor.role == "exact":
-            for piece in tensor.models:
-                if not torch.equal(self._read(piece, rows), value):
-                    raise DtypeError(
-                        f"{name} holds integers that differ between {lead.ref} and {piece.ref}",
-                        f"keep: ['{literal(name)}'] takes those of {lead.ref}",
-                    )
-        return narrowed(value, tensor.info.dtype, name)
-
     # the function
 
     def _rule(self, tensor: TensorPlan) -> tuple[Any, bool]:
         """The function for a tensor and whether it wants a matrix (out, in)."""
-        row = self.plan.rules.method
-        assert isinstance(row, Joint)
+        row = _joint(self.plan)
         if row.vector is None:
             return row.function, False
         return (row.function, True) if is_matrix(tensor.role) else (row.vector, False)
@@ -212,7 +231,7 @@ class Merged:
         if row.vector is not None and not is_matrix(tensor.role):
             return "element"
         local = row.locality if isinstance(row.locality, str) else row.locality(self._given(tensor))
-        return "tensor" if local == "row" and len(tensor.info.shape) < 2 else local  # a vector is one row
+        return "tensor" if local in ("row", "line") and len(tensor.info.shape) < 2 else local  # a vector is one row
 
     def _merged(self, name: str, tensor: TensorPlan, rows: Rows) -> Tensor:
         if tensor.role == "statistic":
@@ -232,7 +251,7 @@ class Merged:
         for kind in needs & {"gram", "fisher"}:
             part = rows if kind == "fisher" else None
             read = [
-                self._read(Piece(ref, f"{kind}/{p.name}"), part)
+                self.plan.sources[ref].read(f"{kind}/{p.name}", part)
                 for ref, p in zip(tensor.statistics, tensor.models, strict=True)
             ]
             brought[kind] = [x.to(stack[0].dtype) for x in read]
@@ -245,7 +264,7 @@ class Merged:
                 brought["keep"] = kept_of(measured, self._scores(tensor, rows, stack))
             measured.position = rows[1] if rows is not None else tensor.info.rows
         if "u" in needs and "u" not in brought:
-            brought["u"] = self._noise(name, tensor, rows)
+            brought["u"] = noise_of(self.plan.recipe, name, tensor, rows)
         merged = function(**{n: v for n, v in {**brought, **self._settings(tensor, function)}.items() if n in needs})
         merged = restored(merged, tensor) if matrix else merged
         if not changes:
@@ -314,23 +333,15 @@ class Merged:
 
     def _ranks(self, tensor: TensorPlan, parts: Sequence[Rows], row: Joint, changes: bool) -> list[Ranked | None]:
         assert row.ranks is not None
-        numel, given = prod(tensor.info.shape), self._given(tensor)
+        numel, models = prod(tensor.info.shape), 1 if row.shared else len(tensor.models)
 
         def scores() -> Iterator[Sequence[Tensor]]:
             return (self._scores(tensor, part) for part in parts)
 
-        counted: list[int] = []
-        spans = []
-        for k in range(1 if row.shared else len(tensor.models)):
-            own = {n: (v[k] if isinstance(v, tuple) else v) for n, v in given.items()}
-            span = row.ranks(numel, own)
-            if given.get("among") == "differing" and span != (0, numel):  # a share of some, where it is not all
-                if not counted:
-                    counted = [sum(int(torch.count_nonzero(x)) for x in of) for of in zip(*scores(), strict=True)]
-                span = row.ranks(counted[k], own)
-            assert 0 <= span[0] <= span[1] <= numel
-            spans.append(span)
+        def differing() -> list[int]:
+            return [sum(int(torch.count_nonzero(x)) for x in of) for of in zip(*scores(), strict=True)]
 
+        spans = spans_of(row.ranks, numel, self._given(tensor), models, differing)
         sought = [None if start == stop or (start, stop) == (0, numel) else (start, stop) for start, stop in spans]
         found: list[Ranked | None] = [None] * len(spans)
         if any(sought):
@@ -373,27 +384,14 @@ class Merged:
             if row.mask is None:
                 masks: Any = kept_of(fresh, self._scores(tensor, part, d))
             else:
-                brought = {"d": d, "u": self._noise(name, tensor, part), **tensor.settings}
+                brought = {"d": d, "u": noise_of(self.plan.recipe, name, tensor, part), **tensor.settings}
                 masks = row.mask(**{n: v for n, v in brought.items() if n in names})
                 if remembered:
                     measured.masks[part] = packed(masks)
             yield d, kept(d, repeat(masks[0]) if row.shared else masks)
 
-    def _noise(self, name: str, tensor: TensorPlan, rows: Rows) -> list[Tensor]:
-        shape = tensor.info.shape
-        row_elements = prod(shape[1:])
-        start, stop = rows if rows is not None else (0, tensor.info.rows)
-        seed = self.plan.recipe.seed
-        part = (stop - start, *shape[1:]) if shape else ()
-        written = self.plan.recipe.written
-        return [
-            uniform(seed, written.get(model.ref, model.ref), name, start * row_elements, stop * row_elements).reshape(
-                part
-            )
-            for model in tensor.models
-        ]
-
 
 def _joint(plan: Plan) -> Joint:
-    assert isinstance(plan.rules.method, Joint)
-    return plan.rules.method
+    row = plan.rules.method
+    assert isinstance(row, Joint)
+    return row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merganser.errors import NonFiniteError
+from merganser.continual.roles import literal
+from merganser.errors import DtypeError, NonFiniteError
+from merganser.merging.held import Rows
 from merganser.merging.plan import Piece, TensorPlan
-from merganser.merging.ranking import Ranked
-from merganser.numerics import all_finite
+from merganser.merging.ranking import Ranked, Span
+from merganser.merging.recipe import Recipe
+from merganser.noise import uniform
+from merganser.numerics import all_finite, narrowed
 
 
 @dataclass
@@ -44,6 +48,33 @@ def refuse_nonfinite(piece: Piece, x: Tensor) -> None:
         raise NonFiniteError(f"{piece.name} of {piece.ref} holds NaN or infinity", "leave the model out")
 
 
+def copied(name: str, tensor: TensorPlan, read: Callable[[Piece], Tensor]) -> Tensor:
+    """Some of a tensor that is not merged: the base's, or the first model's.
+
+    Raises:
+        DtypeError: If it must be equal in all models and is not.
+    """
+    lead = tensor.base or tensor.models[0]
+    value = read(lead)
+    if tensor.role == "exact":
+        for piece in tensor.models:
+            if not torch.equal(read(piece), value):
+                raise DtypeError(
+                    f"{name} holds integers that differ between {lead.ref} and {piece.ref}",
+                    f"keep: ['{literal(name)}'] takes those of {lead.ref}",
+                )
+    return narrowed(value, tensor.info.dtype, name)
+
+
+def noise_of(recipe: Recipe, name: str, tensor: TensorPlan, rows: Rows) -> list[Tensor]:
+    """Noise of some rows, of each model: a model's own wherever it stands."""
+    shape = tensor.info.shape
+    wide, (start, stop) = prod(shape[1:]), rows if rows is not None else (0, tensor.info.rows)
+    part = (stop - start, *shape[1:]) if shape else ()
+    refs = [recipe.written.get(model.ref, model.ref) for model in tensor.models]
+    return [uniform(recipe.seed, ref, name, start * wide, stop * wide).reshape(part) for ref in refs]
+
+
 def kept_of(measured: Measured, scores: Sequence[Tensor]) -> list[Tensor]:
     """For each model, or for all at once, 1 where the next entries are kept, else 0."""
     assert measured.ranks is not None
@@ -51,6 +82,35 @@ def kept_of(measured: Measured, scores: Sequence[Tensor]) -> list[Tensor]:
         torch.zeros_like(score) if ranks is None else ranks.mask(score)
         for ranks, score in zip(measured.ranks, scores, strict=True)
     ]
+
+
+def spans_of(
+    ranks: Callable[[int, Mapping[str, Any]], Span],
+    numel: int,
+    given: Mapping[str, Any],
+    models: int,
+    differing: Callable[[], Sequence[int]],
+) -> list[Span]:
+    """Ranks [start, stop) that are kept, of each model.
+
+    Args:
+        ranks: of the method.
+        numel: entries of the tensor.
+        given: settings; tuples where they differ from model to model.
+        models: how many masks there are.
+        differing: how many entries of each have a score above 0; asked for where a share of those counts.
+    """
+    spans = []
+    counted: Sequence[int] = ()
+    for k in range(models):
+        own = {n: (v[k] if isinstance(v, tuple) else v) for n, v in given.items()}
+        span = ranks(numel, own)
+        if given.get("among") == "differing" and span != (0, numel):  # a share of some, where it is not all
+            counted = counted or differing()
+            span = ranks(counted[k], own)
+        assert 0 <= span[0] <= span[1] <= numel
+        spans.append(span)
+    return spans
 
 
 def mean_of(stack: Sequence[Tensor], weight: Sequence[float]) -> Tensor:

@@ -252,14 +252,14 @@ def _run_adapters(merge: AdapterMerge, out: Path, *, threads: int, overwrite: bo
 
 def write_tensor(merged: Merged, writer: CheckpointWriter | PlacedWriter, name: str) -> None:
     """Merge one tensor, chunk by chunk, into its place."""
-    for rows in merged.chunks(name):
-        writer.put(name, merged.read(name, rows), rows[0] if rows is not None else 0)
+    for part in merged.chunks(name):
+        writer.put(name, merged.read_lines(name, part), part[0] if part is not None else 0)
     merged.forget(name)
 
 
 def job_bytes(merged: Merged, name: str) -> int:
     """Memory in bytes that merging one tensor takes at most, by its models' number, types and chunks."""
-    tensor = merged.plan.tensors[name]
+    tensor = merged.tensors[name]
     elements = prod(tensor.info.shape)
     rows = next(iter(merged.chunks(name)))
     if rows is not None and tensor.info.rows:

@@ -24,7 +24,7 @@ from merganser.methods.joint.cart import cart
 from merganser.methods.joint.consensus import consensus
 from merganser.methods.joint.dare import dare_linear, dare_mask, dare_ties
 from merganser.methods.joint.dc import dc
-from merganser.methods.joint.della import della, della_linear, della_mask
+from merganser.methods.joint.della import della, della_linear, della_locality, della_mask
 from merganser.methods.joint.fisher import fisher
 from merganser.methods.joint.iso_cts import iso_cts
 from merganser.methods.joint.karcher import karcher
@@ -46,7 +46,7 @@ from merganser.methods.joint.ties import ties, ties_ranks
 
 Rule = Callable[..., Tensor]
 Score = Callable[[Sequence[Tensor]], Sequence[Tensor] | Tensor]
-Locality = Literal["element", "row", "tensor"]
+Locality = Literal["element", "line", "row", "tensor"]
 
 #: What the caller brings, by name.
 #:
@@ -76,8 +76,9 @@ class Joint:
     Attributes:
         function: stack -> merged tensor (of `x`) or merged change (of `d`).
         source: paper.
-        locality: what the function may be given: any "element"s, whole "row"s of axis 0, or the whole "tensor"; or a
-            function of the settings that says so. Everything it returns depends on nothing else, bit for bit.
+        locality: what the function may be given: any "element"s, whole "line"s along the last axis, whole "row"s of
+            axis 0, or the whole "tensor"; or a function of the settings that says so. Everything it returns depends
+            on nothing else, bit for bit.
         vector: rule for all but linear weights where the function is for matrices (m, n) only; None where it takes
             any shape.
         score: for a function of `keep`: (stack) -> K scores *S, or one where `shared`, not negative, element-wise.
@@ -123,7 +124,7 @@ def names_of(function: Rule) -> frozenset[str]:
 _TRIMMED: Mapping[str, Any] = {"score": magnitude, "ranks": ties_ranks, "per_model": ("density",)}
 _CRUMBS: Mapping[str, Any] = {"score": magnitude, "ranks": breadcrumbs_ranks, "per_model": ("density", "gamma")}
 _DROPPED: Mapping[str, Any] = {"mask": dare_mask, "per_model": ("density",)}
-_BY_ROW: Mapping[str, Any] = {"locality": "row", "mask": della_mask, "per_model": ("density", "epsilon")}
+_BY_ROW: Mapping[str, Any] = {"locality": della_locality, "mask": della_mask, "per_model": ("density", "epsilon")}
 _SPECTRAL: Mapping[str, Any] = {"locality": "tensor", "vector": mean_of_changes}
 _OF_TWO: Mapping[str, Any] = {"models": (1, 1), "base_is_model": True}
 

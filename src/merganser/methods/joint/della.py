@@ -14,8 +14,8 @@ epsilon / n short of its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -159,6 +159,21 @@ def della(
     weights = weights_of(weight, len(d))
     changes = _thinned(d, u, chances, factors, mask, share=rescale == "share", row=row)
     return elected(changes, weights, normalize=normalize, cancelled=cancelled, scale=scale)
+
+
+def della_locality(settings: Mapping[str, Any]) -> Literal["line", "row"]:
+    """What the functions may be given under these settings.
+
+    Args:
+        settings: of `della`; what is missing has its default.
+
+    Returns:
+        "line" where ranks are those in a line along the last axis, else "row".
+
+    >>> della_locality({"row": "last"})
+    'line'
+    """
+    return "line" if settings.get("row", "first") == "last" else "row"
 
 
 def _chances(density: float | Sequence[float], epsilon: float | Sequence[float], row: str, models: int) -> Chances:

@@ -121,7 +121,7 @@ def run_jobs(
 
     give_memory_back = _allocator()
     order = sorted(jobs, key=lambda job: (-job.peak_bytes, job.name))
-    with single_threaded(), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
+    with single_threaded(), ThreadPoolExecutor(threads, initializer=one_thread) as pool:
         futures = {job.name: pool.submit(work, job) for job in order}
         try:
             return {job.name: futures[job.name].result() for job in jobs}  # type: ignore[misc]  # only a stopped job gives None
@@ -151,7 +151,8 @@ def _allocator() -> Callable[[], object]:
     return partial(libc.malloc_trim, 0)
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
+    """Have torch work on one thread, for the start of a thread of ours."""
     torch.set_num_threads(1)
 
 

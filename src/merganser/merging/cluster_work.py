@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from merganser.checkpoints.placed import Place, PlacedWriter
 from merganser.checkpoints.writer import peak_memory
 from merganser.continual.stream import Job, run_jobs
+from merganser.merging.ahead import reading_ahead
 from merganser.merging.cluster_jobs import Part
 from merganser.merging.cluster_worker import Failure, attempted, flush, refuse_missing, refuse_other
 from merganser.merging.merged import Merged
@@ -82,7 +83,8 @@ def write_part(work: Work, part: Part, places: Mapping[str, Place]) -> Written |
         jobs = [
             Job(name, partial(write_tensor, merged, writer, name), job_bytes(merged, name), 0) for name in part.names
         ]
-        run_jobs(jobs, threads=work.threads)
+        with reading_ahead(merged.stages(), work.threads):
+            run_jobs(jobs, threads=work.threads)
         flush(folder, part.files, Path(work.target))
         read = {ref: digests_of(source) for ref, source in files_of(merged).items()}
         return Written(writer.digests(), read, peak_memory())

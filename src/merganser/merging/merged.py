@@ -20,6 +20,7 @@ from merganser.continual.kinds import kind_of
 from merganser.continual.passing import NORMED
 from merganser.continual.roles import is_matrix
 from merganser.errors import NonFiniteError
+from merganser.merging.ahead import Readers
 from merganser.merging.folding import factor_of, folded, has_factor
 from merganser.merging.held import HELD_BYTES, Held, Rows
 from merganser.merging.lines import in_lines, is_long, read_part, reads_lines
@@ -35,6 +36,7 @@ from merganser.merging.parts import (
     seen,
     spans_of,
     unpacked,
+    widened,
 )
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.post import finished
@@ -42,7 +44,7 @@ from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
 from merganser.merging.survey import cell_rows, chunk_rows, inner_products, norm_ratios, spread_rows, sums
 from merganser.merging.vocabulary_rows import unwrapped
 from merganser.methods.joint import Joint, Locality, kept, names_of
-from merganser.numerics import all_finite, compute_dtype, narrowed
+from merganser.numerics import all_finite, narrowed
 from merganser.types import TensorInfo
 
 #: Elements of a tensor that are handled at a time where the method allows it: they stay in the processor's cache.
@@ -59,6 +61,7 @@ class Merged:
     Attributes:
         tokenizer_files: of the output, where the recipe asks for a vocabulary; not there otherwise.
         factor: on the change of the whole model, where the method has one and it is measured already.
+        readers: of its sources' tensors.
         in_lines: names of the tensors that are seen as matrices of their lines.
         tensors: of the plan, as they are seen.
     """
@@ -75,9 +78,9 @@ class Merged:
         self.aliases: Mapping[str, str] = dict(plan.aliases)
         if plan.vocabulary is not None:
             self.tokenizer_files = plan.vocabulary.files
-        self._measured: dict[str, Measured] = {}
-        self._whole: dict[str, Tensor] = {}
+        self._measured, self._whole = dict[str, Measured](), dict[str, Tensor]()
         self._held: dict[tuple[Piece, ...], Held] = {}
+        self.readers = Readers()
         self._locks = {name: threading.RLock() for name in plan.tensors}
         self.measuring = threading.Lock()
 
@@ -127,7 +130,7 @@ class Merged:
         """
         tensor = self.tensors[name]
         if tensor.role in ("fixed", "exact"):
-            return copied(name, tensor, lambda piece: self._read(piece, rows, tensor))
+            return copied(name, tensor, lambda p: read_part(self.plan.sources[p.ref], p, rows, tensor))
         with self._locks[name]:
             if rows is not None and self._reads_whole(name, tensor, rows):
                 whole = self._whole.get(name)
@@ -156,26 +159,26 @@ class Merged:
         self._whole.pop(name, None)
         tensor = self.tensors[name]
         self._held.pop(tensor.pieces, None)
+        self.readers.forget(tensor.pieces)
         for piece in tensor.pieces:
             if isinstance(stage := unwrapped(self.plan.sources[piece.ref]), Merged):
                 stage.forget(piece.name)
 
     # what goes into the function
 
-    def _read(self, piece: Piece, rows: Rows, tensor: TensorPlan) -> Tensor:
-        return read_part(self.plan.sources[piece.ref], piece, rows, tensor)
-
     def _stored(self, tensor: TensorPlan, rows: Rows, *, again: bool) -> list[Tensor]:
         """The models' rows and behind them the base's, as stored, all finite; kept where they are read again."""
 
-        def read() -> list[Tensor]:
-            stored = [self._read(piece, rows, tensor) for piece in tensor.pieces]
+        def each(part: Rows) -> list[Tensor]:
+            stored = [read_part(self.plan.sources[p.ref], p, part, tensor) for p in tensor.pieces]
             for piece, x in zip(tensor.pieces, stored, strict=True):
                 refuse_nonfinite(piece, x)
             return stored
 
+        computed = any(isinstance(unwrapped(self.plan.sources[piece.ref]), Merged) for piece in tensor.pieces)
+        read = each if computed else self.readers.of(tensor.pieces, each, tensor.info.rows)
         held = self._held_of(tensor) if again else self._held.get(tensor.pieces)
-        return read() if held is None else held.stored(rows, read, again=again)
+        return read(rows) if held is None else held.stored(rows, lambda: read(rows), again=again)
 
     def held_bytes(self, name: str) -> int:
         """Memory in bytes that is kept of a tensor while it is merged."""
@@ -199,15 +202,7 @@ class Merged:
         self, tensor: TensorPlan, rows: Rows, *, changes: bool, again: bool = False
     ) -> tuple[list[Tensor], Tensor | None]:
         """Models, or models minus the base, and the base; what is read of a small tensor is kept if `again`."""
-        stored = self._stored(tensor, rows, again=again)
-        old = stored.pop() if tensor.base is not None else None
-        dtype = compute_dtype(torch.float64 if any(x.dtype == torch.float64 for x in stored) else stored[0].dtype)
-        if old is not None and old.dtype == torch.float64:
-            dtype = torch.float64
-        base = old.to(dtype) if old is not None else None
-        if not changes or base is None:
-            return [x.to(dtype) for x in stored], base
-        return [x.to(dtype) - base if x.dtype == dtype else x.to(dtype).sub_(base) for x in stored], base
+        return widened(self._stored(tensor, rows, again=again), based=tensor.base is not None, changes=changes)
 
     # the function
 

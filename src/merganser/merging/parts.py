@@ -18,7 +18,7 @@ from merganser.merging.plan import Piece, TensorPlan
 from merganser.merging.ranking import Ranked, Span
 from merganser.merging.recipe import Recipe
 from merganser.noise import uniform
-from merganser.numerics import all_finite, narrowed
+from merganser.numerics import all_finite, compute_dtype, narrowed
 
 
 @dataclass
@@ -73,6 +73,22 @@ def noise_of(recipe: Recipe, name: str, tensor: TensorPlan, rows: Rows) -> list[
     part = (stop - start, *shape[1:]) if shape else ()
     refs = [recipe.written.get(model.ref, model.ref) for model in tensor.models]
     return [uniform(recipe.seed, ref, name, start * wide, stop * wide).reshape(part) for ref in refs]
+
+
+def widened(stored: list[Tensor], *, based: bool, changes: bool) -> tuple[list[Tensor], Tensor | None]:
+    """What was read, in the type of the arithmetic: models, or models minus the base, and the base.
+
+    Args:
+        stored: the models' and behind them, if `based`, the base's.
+        based: whether there is a base.
+        changes: whether to subtract it.
+    """
+    double = any(x.dtype == torch.float64 for x in stored)
+    dtype = torch.float64 if double else compute_dtype(stored[0].dtype)
+    models, base = (stored[:-1], stored[-1].to(dtype)) if based else (stored, None)
+    if not changes or base is None:
+        return [x.to(dtype) for x in models], base
+    return [x.to(dtype) - base if x.dtype == dtype else x.to(dtype).sub_(base) for x in models], base
 
 
 def kept_of(measured: Measured, scores: Sequence[Tensor]) -> list[Tensor]:

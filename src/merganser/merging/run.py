@@ -24,6 +24,7 @@ from merganser.errors import ParameterError
 from merganser.merging.adapter_out import STEM, card_of, config_of, infos_of, receipt_of, write_target
 from merganser.merging.adapter_plan import AdapterMerge, plan_adapters
 from merganser.merging.adapters import parts_of
+from merganser.merging.ahead import reading_ahead
 from merganser.merging.companions import CARD_NAME, check_companions, write_companions
 from merganser.merging.digested import Digested
 from merganser.merging.folding import forget, measure, onward, recall, remember, size, unmeasured
@@ -161,10 +162,11 @@ def run(
         asked = unmeasured(merged)
         first = sum(map(size, asked))
         total = first + sum(job.progress_bytes for job in jobs)
-        measure(asked, job_bytes, threads, onward(progress, 0, total))
-        if asked and resume:
-            remember(merged, writer.folder)
-        run_jobs(jobs, threads=threads, progress=onward(progress, first, total), kept_bytes=KEPT_BYTES)
+        with reading_ahead(merged.stages(), threads):
+            measure(asked, job_bytes, threads, onward(progress, 0, total))
+            if asked and resume:
+                remember(merged, writer.folder)
+            run_jobs(jobs, threads=threads, progress=onward(progress, first, total), kept_bytes=KEPT_BYTES)
         read = {ref: digests_of(source) for ref, source in files_of(merged).items()}
         finish(merged, writer, read, wall_s=time.perf_counter() - began, peak_memory_bytes=peak_memory())
     return out
@@ -268,7 +270,11 @@ def job_bytes(merged: Merged, name: str) -> int:
     matrix = MATRIX_BYTES if rows is None and is_matrix(tensor.role) else 0
     sources = [p for p in (*tensor.models, tensor.base) if p is not None]
     stored = sum(TORCH_DTYPES[merged.plan.sources[p.ref].infos[p.name].dtype].itemsize for p in sources)
-    return elements * (stored + item * (2 * len(sources) + 6) + matrix) + merged.held_bytes(name) + (1 << 20)
+    return (
+        elements * (stored * (1 if rows is None else 2) + item * (2 * len(sources) + 6) + matrix)
+        + merged.held_bytes(name)
+        + (1 << 20)
+    )
 
 
 def peak_bytes(merged: Merged | AdapterMerge, threads: int) -> int:

@@ -201,8 +201,10 @@ def rebased(sizes: Sizes, rebase: Callable[[nn.Module, nn.Module, Tensor], dict[
     with torch.no_grad():
         before = two(x)
     said = {"before": distance(one, two), "start_mb": peak_mb()}
+    cpu = time.process_time()
     seconds, more = timed(lambda: rebase(one, two, x))
-    said |= {"seconds": seconds, "peak_mb": peak_mb(), "after": distance(one, two), **more}
+    cpu = time.process_time() - cpu
+    said |= {"seconds": seconds, "cpu": cpu, "peak_mb": peak_mb(), "after": distance(one, two), **more}
     with torch.no_grad():
         after = two(x)
     return {**said, "change": float((after - before).abs().max() / before.abs().max())}

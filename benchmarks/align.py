@@ -104,13 +104,22 @@ def peer_table(found: dict[str, list[Run]]) -> list[str]:
         UNCHECKED: "merganser, no self-check",
     }
     shown = {labels[name]: found[name] for name in labels if name in found}
-    head = ("ResNet-18", "to rebased weights s", "of it tracing s", "sweeps", "groups", "first use s", "process s")
+    head = (
+        "ResNet-18",
+        "to rebased weights s",
+        "CPU s",
+        "of it tracing s",
+        "sweeps",
+        "groups",
+        "first use s",
+        "process s",
+    )
     more = ("peak MB", "MB before", "distance after", "output changed by", "s a sweep")
-    lines = ["", row(*head, *more), row("---", *["---:"] * 11)]
+    lines = ["", row(*head, *more), row("---", *["---:"] * 12)]
     for label, runs in shown.items():
         sweeps = said(runs, "sweeps")
         matching_s = [run.said["seconds"] - run.said["finding"] for run in runs]
-        times = [spread(said(runs, "seconds"), 2), spread(said(runs, "finding"), 2)]
+        times = [spread(said(runs, key), 2) for key in ("seconds", "cpu", "finding")]
         whole = [spread(said(runs, "warm"), 2), spread([r.wall_s for r in runs])]
         memory = [spread(said(runs, key), 0) for key in ("peak_mb", "start_mb")]
         outcome = [spread(said(runs, "after"), 2), f"{max(said(runs, 'change')):.0e}"]
@@ -118,9 +127,10 @@ def peer_table(found: dict[str, list[Run]]) -> list[str]:
         lines.append(row(label, *times, spread(sweeps, 0), runs[0].said["groups"], *whole, *memory, *outcome))
     if THEIRS in found:
         pairs = [(label, found[name]) for name, label in labels.items() if name != THEIRS]
-        lines += ["", row("rebasin / ours", "to rebased weights", "peak memory"), row("---", "---:", "---:")]
+        lines += ["", row("rebasin / ours", "to rebased weights", "CPU", "peak memory")]
+        lines.append(row("---", *["---:"] * 3))
         for label, runs in pairs:
-            both = [quotients(said(found[THEIRS], key), said(runs, key)) for key in ("seconds", "peak_mb")]
+            both = [quotients(said(found[THEIRS], key), said(runs, key)) for key in ("seconds", "cpu", "peak_mb")]
             lines.append(row(label, *(spread(values, 2) for values in both)))
     before = found[OURS][0].said["before"]
     return [
@@ -128,7 +138,8 @@ def peer_table(found: dict[str, list[Run]]) -> list[str]:
         "",
         f"Distance of the parameters before: {before:.2f}. MB before: the peak with both networks in memory and one "
         "forward done; peak: when the weights are there. First use: imports and a network of two layers, before the "
-        "clock runs. Process: from start to exit, all included. BatchNorm is not measured anew on either side.",
+        "clock runs. Process: from start to exit, all included. CPU: of all threads, while the "
+        "clock runs. BatchNorm is not measured anew on either side.",
     ]
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from merganser.align.assignment import assign
 from merganser.align.costs import Moments, Similarity, WeightCosts
-from merganser.align.match import assign, match
+from merganser.align.match import match
 from merganser.symmetry import Group, Spec, symmetries
 from merganser.symmetry.spec import Part
 

@@ -56,6 +56,15 @@ class Moments:
     squares: tuple[Tensor, Tensor]
     count: int = 0
 
+    def with_more(self, more: Moments) -> Moments:
+        """Over these entries and others."""
+        return Moments(
+            self.cross + more.cross,
+            (self.sums[0] + more.sums[0], self.sums[1] + more.sums[1]),
+            (self.squares[0] + more.squares[0], self.squares[1] + more.squares[1]),
+            self.count + more.count,
+        )
+
     def pearson(self) -> Tensor:
         """Correlations, in [-1, 1]."""
         n = max(self.count, 1)
@@ -227,10 +236,14 @@ class DualCosts:
 
 
 def unfold(x: Tensor, axis: int, places: Tensor) -> Tensor:
-    """Everything that touches each unit, shape (units, entries), in float64."""
+    """Everything that touches each unit, shape (units, entries), in float64; in memory perhaps the other way round."""
     units = int(places.max()) + 1
     order = places.argsort(stable=True)[int((places < 0).sum()) :]
-    return x.index_select(axis, order.to(x.device)).movedim(axis, 0).reshape(units, -1).double()
+    if not torch.equal(order, torch.arange(len(places))):
+        x = x.index_select(axis, order.to(x.device))
+    if axis and x.shape[axis] == units:  # units stay where they are in memory, one beside the other
+        return x.movedim(axis, -1).reshape(-1, units).double().T
+    return x.movedim(axis, 0).reshape(units, -1).double()
 
 
 def unfold_two(x: Tensor, outer: tuple[int, Tensor], inner: tuple[int, Tensor]) -> Tensor:
@@ -255,11 +268,4 @@ def products(x: Tensor, y: Tensor) -> Tensor:
 def grown(moments: Moments | None, x: Tensor, y: Tensor) -> Moments:
     """Moments with more entries; x and y are (units, entries) or (places, units, entries)."""
     new = Moments(products(x, y), (x.sum(-1), y.sum(-1)), (x.square().sum(-1), y.square().sum(-1)), x.shape[-1])
-    if moments is None:
-        return new
-    return Moments(
-        moments.cross + new.cross,
-        (moments.sums[0] + new.sums[0], moments.sums[1] + new.sums[1]),
-        (moments.squares[0] + new.squares[0], moments.squares[1] + new.squares[1]),
-        moments.count + new.count,
-    )
+    return new if moments is None else moments.with_more(new)

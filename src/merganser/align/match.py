@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from merganser.align.activations import ActivationCosts
+from merganser.align.assignment import assign
 from merganser.align.costs import Costs, WeightCosts
+from merganser.align.follow import following
 from merganser.symmetry import Orders, Spec
 from merganser.symmetry.spec import groups_in
 
@@ -50,12 +52,13 @@ def match(
 
     Args:
         spec: symmetries.
-        costs: similarities.
+        costs: similarities, of tensors that stay as they are until it returns.
         start: orders to begin with; by default those that the networks are in.
         sweeps: at most.
         seed: of the order of groups in a sweep.
         progress: called as (groups done, groups of a sweep), anew in every sweep.
     """
+    costs = following(costs)
     orders = dict(spec.identity() if start is None else start)
     top = [name for name, group in spec.groups.items() if group.within is None]
     touched = _neighbours(spec, costs)
@@ -100,14 +103,6 @@ def _neighbours(spec: Spec, costs: Costs) -> dict[str, set[str]]:
             for group in groups:
                 found[group] |= others | (groups - {group})
     return found
-
-
-def assign(similarity: Tensor) -> Tensor:
-    """The one-to-one assignment of rows to columns with the largest sum: the column of every row."""
-    from scipy.optimize import linear_sum_assignment
-
-    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
-    return torch.from_numpy(columns).to(torch.int64)
 
 
 def _improve(spec: Spec, costs: Costs, orders: dict[str, Tensor], group: str) -> bool:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merganser.align.assignment import assign
 from merganser.align.costs import is_statistic
 from merganser.align.many import Tensors, merge_many
-from merganser.align.match import assign
 from merganser.errors import ParameterError
 from merganser.numerics import raw_bytes
 from merganser.symmetry import Orders, Spec

@@ -32,6 +32,8 @@ TOLERANCE = 1e-9
 ROUNDING = 1e-13
 #: Draws of weights and of elements where all that is seen are whole numbers.
 DRAWS = 16
+#: Entries from which noise is drawn in float32: tensors that a network computes with, rather than scales and biases.
+LARGE = 1 << 16
 #: Numbers of less than double precision, and what they become.
 NARROW = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
@@ -152,14 +154,15 @@ class _Judge:
         """Take other noise, and run the network with it."""
         generator = torch.Generator().manual_seed(seed)
         self.tensors = self._stirred(generator)
-        self.reference = self._run(self.tensors)
-        others = self._run(self._stirred(generator))
+        self.reference = self._run({name: x.clone() for name, x in self.tensors.items()})
+        others = self._run({name: x.clone() for name, x in self._stirred(generator).items()})
         self.differences = differences(self.reference, others)
         self.scales = scales_of(self.reference, others)
 
     def change(self, spec: Spec, orders: Mapping[str, Tensor]) -> float:
         """Largest change of an output, as `change_of` counts it."""
         moved = {n: spec.apply(orders, n, x) if n in spec.axes else x for n, x in self.tensors.items()}
+        moved = {n: y.clone() if y is self.tensors[n] else y for n, y in moved.items()}
         return largest_change(self.reference, self._run(moved), self.scales)
 
     def _stirred(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -174,9 +177,9 @@ class _Judge:
                 known[id(x)] = stirred(x.detach(), generator)
         return {name: known[id(x)] for name, x in named.items()}
 
-    def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    def _run(self, given: dict[str, Tensor]) -> list[Tensor]:
+        """What comes out; the run may write to the tensors."""
         network = copied(self.network)  # a run may keep things
-        given = {name: x.clone() for name, x in tensors.items()}
         mode = Deciding() if self.deciding else InDouble()  # type: ignore[no-untyped-call]
         with in_double(mode):
             result = torch.func.functional_call(network, given, self.args, self.kwargs, tie_weights=False)
@@ -273,11 +276,16 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def stirred(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Noise of a tenth of the tensor's size; variances and other positive tensors stay positive."""
+    """Noise of a tenth of the tensor's size; variances and other positive tensors stay positive.
+
+    For large tensors it is drawn in float32, which is five times as fast: it only has to tell entries apart.
+    """
     if not x.is_floating_point() or not x.numel():
         return x
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-    if bool((x >= 0).all()) and bool((x > 0).any()):
+    drawn = torch.float32 if x.numel() >= LARGE else torch.float64
+    noise = torch.randn(x.shape, generator=generator, dtype=drawn).to(x.device, torch.float64)
+    least, most = x.aminmax()
+    if bool(least >= 0) and bool(most > 0):
         return x * torch.exp(0.1 * noise)
-    scale = float(x.square().mean().sqrt()) or 0.1
-    return x + 0.1 * scale * noise
+    scale = float(torch.linalg.vector_norm(x)) / x.numel() ** 0.5 or 0.1
+    return noise.mul_(0.1 * scale).add_(x)

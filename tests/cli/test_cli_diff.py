@@ -174,3 +174,24 @@ def test_a_missing_model_exits_with_2_and_names_the_nearest(run: Run, pair: tupl
         "",
         f"RefError: {missing} does not exist\nhint: did you mean {b.parent / 'tuned'}?\n",
     )
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize("place", ["a/config.json", "b"])
+def test_no_result_is_written_over_what_is_read(run: Run, tmp_path: Path, option: str, place: str) -> None:
+    a, b = save(model(), tmp_path / "a"), save(model(), tmp_path / "other") / "model.safetensors"
+    b = b.rename(tmp_path / "b")
+    (a / "config.json").write_text("{}")
+    before = tree(tmp_path)
+    code, out, err = run("diff", a, b, option, tmp_path / place)
+    assert (code, out) == (2, "")
+    assert f"{tmp_path / place} is, holds or lies within what is read" in err
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file of Linux")
+def test_a_disk_that_takes_no_result_exits_with_2(run: Run, tmp_path: Path) -> None:
+    a = save(model(), tmp_path / "a")
+    code, out, err = run("diff", a, a, "--json", "/dev/full")
+    assert (code, out) == (2, "")
+    assert err == "OutputError: /dev/full cannot be written: No space left on device\n"

@@ -120,6 +120,14 @@ def test_two_runs_write_the_same_bytes(run: Run, shop: Path) -> None:
         (RECIPE.replace("method: task", "method: tsk"), (), "task_arithmetic"),
         (RECIPE.replace("model: b", "model: bb"), (), "bb"),
         (RECIPE, ("--json", "/nowhere/at/all.json"), "no such folder"),
+        (RECIPE, ("--json", "{shop}/recipe.yaml"), "recipe.yaml is, holds or lies within what is read"),
+        (RECIPE, ("--json", "{shop}/a/found.json"), "a/found.json is, holds or lies within what is read"),
+        pytest.param(
+            RECIPE,
+            ("--json", "/dev/full"),
+            "/dev/full cannot be written: No space left on device",
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file of Linux"),
+        ),
         (RECIPE, ("--layers", "0"), "layers"),
         (RECIPE, ("--threads", "0"), "threads is 0; it is at least 1"),
         (RECIPE.replace("task_arithmetic", "ties") + "settings: {density: 20}\n", (), "density is 20"),
@@ -130,7 +138,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(
 ) -> None:
     (shop / "recipe.yaml").write_text(recipe)
     before = tree(shop)
-    code, out, err = run("doctor", shop / "recipe.yaml", *more)
+    code, out, err = run("doctor", shop / "recipe.yaml", *(word.replace("{shop}", str(shop)) for word in more))
     assert (code, out) == (2, "")
     assert says in err
     assert tree(shop) == before

@@ -19,6 +19,7 @@ from merganser.merging.merged import Merged
 from merganser.merging.recipe import Input, Recipe, Slice, Vocabulary
 from merganser.merging.run import plan_recipes
 from support import save
+from vocabulary_helpers import family_at
 
 # NaN
 
@@ -152,3 +153,10 @@ def test_means_are_over_layers(tmp_path: Path) -> None:
     means = mean_interference(found)
     assert means["left"] == pytest.approx(sum(layer.left for layer in found.values()) / 3)
     assert json.dumps(means)
+
+
+def test_a_recipe_that_is_seen_through_another_vocabulary_is_examined_too(tmp_path: Path) -> None:
+    base, more = (Input(str(folder)) for name, folder in family_at(tmp_path).items() if name in ("base", "more"))
+    one = Recipe("task_arithmetic", (Slice((more,)),), base=base, vocabulary=Vocabulary("union"), name="one")
+    two = replace(one, slices=(Slice((Input("one"),)),), vocabulary=Vocabulary("base"), name=None)
+    assert [stage.name for stage in examine(plan_recipes([one, two]))] == ["one", "the merge"]

@@ -13,7 +13,7 @@ from merganser.continual import Fold
 from merganser.merging.folding import Figures, factor, unmeasured
 from merganser.merging.run import plan_recipes, run
 from merging_helpers import merged, recipe
-from support import load, save_family, tree
+from support import load, save, save_family, tree
 
 NAMES = ("large.weight", "norm.weight", "conv.weight", "position_ids")
 
@@ -85,3 +85,16 @@ def test_nothing_merged_has_no_factor(family: list[Path], tmp_path: Path) -> Non
     assert factor(plan, {"a": Figures(0.0, (0.0,)), "ids": Figures()}) == 1
     out = run(plan, tmp_path / "out", threads=1)
     assert tree(out)["model.safetensors"] == tree(family[0])["model.safetensors"]
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_one_model_in_float64_makes_the_sums_float64_whatever_comes_last(tmp_path: Path, last: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {"weight": torch.randn(4, 3, generator=generator)}
+    models = [
+        {"weight": base["weight"] + 1e-3 * torch.randn(4, 3, generator=generator)},
+        {"weight": base["weight"].double() + 1e-3 * torch.randn(4, 3, generator=generator, dtype=torch.float64)},
+    ]
+    folders = [save(model, tmp_path / name) for model, name in ((base, "base"), *zip(models, "ab", strict=True))]
+    found = merged(tmp_path / "out", recipe("mean", [folders[2 - last], folders[1 + last]], folders[0]))["weight"]
+    torch.testing.assert_close(found, sum(x["weight"].double() for x in models) / 2, rtol=1e-14, atol=1e-14)

@@ -122,3 +122,40 @@ def test_numbers_that_no_tensor_has_are_no_other_depth(tmp_path: Path) -> None:
     config = {"depth": 6, "widths": [1, 2, 3, 4, 5, 6]}
     folders = [save(tensors, tmp_path / f"m{i}", config) for i in range(2)]
     assert config_of(tmp_path / "out", recipe("linear", folders)) == config
+
+
+def mixed(folder: Path, dense: set[int], layers: int, **config: Any) -> Path:
+    """A model with experts in all layers but those that are dense."""
+    tensors = layered(layers, layers)
+    for i in set(range(layers)) - dense:
+        tensors[f"model.layers.{i}.mlp.experts.0.weight"] = tensors.pop(f"model.layers.{i}.mlp.weight")
+    return save(tensors, folder, {"num_hidden_layers": layers, **config})
+
+
+@pytest.mark.parametrize("key", ["mlp_only_layers", "attn_layer_indices", "moe_layers"])
+def test_lists_of_the_numbers_of_layers_get_those_of_the_output(key: str, tmp_path: Path) -> None:
+    one = mixed(tmp_path / "one", {0, 2}, 3, **{key: [0, 2, 1][: 2 + (key == "moe_layers")]})
+    two = mixed(tmp_path / "two", {1}, 2, **{key: [1]})
+    found = config_of(tmp_path / "out", stack((one, 0, 3), (two, 0, 2), (one, 2, 3)))
+    expected = [0, 1, 2, 4, 5] if key == "moe_layers" else [0, 2, 4, 5]
+    assert found == {"num_hidden_layers": 6, key: expected}
+
+
+def test_a_layer_of_another_kind_than_the_config_has_in_its_place_is_refused(tmp_path: Path) -> None:
+    one = mixed(tmp_path / "one", {0}, 3, first_k_dense_replace=1)
+    with pytest.raises(ParameterError) as caught:
+        plan_recipes([stack((one, 0, 2), (one, 0, 3))])
+    assert caught.value.message == (
+        f"model.layers.2 of the output would be model.layers.0 of {one}, which has no mlp.experts.0.weight; "
+        f"config.json of {one} has layers of several kinds, and one with it there"
+    )
+    assert config_of(tmp_path / "out", stack((one, 0, 3), (one, 1, 3)))["num_hidden_layers"] == 5
+
+
+def test_what_a_layer_has_more_than_its_place_asks_for_is_no_gap(tmp_path: Path) -> None:
+    """As the first layer of T5, which holds the biases of all."""
+    tensors = layered(2, 0) | {"model.layers.0.bias": torch.ones(3)}
+    one = save(tensors, tmp_path / "one", {"num_hidden_layers": 2})
+    assert config_of(tmp_path / "out", stack((one, 0, 2), (one, 0, 2))) == {"num_hidden_layers": 4}
+    with pytest.raises(ParameterError, match=r"which has no bias; config\.json"):
+        plan_recipes([stack((one, 1, 2), (one, 0, 2))])

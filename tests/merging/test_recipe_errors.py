@@ -14,6 +14,8 @@ LINEAR = "method: linear\n"
 NATIVE = [
     # keys
     ("method: tise\nbase: a\nmodels: [b]", "line 1: method: 'tise' is unknown; did you mean ties?"),
+    ("method: TIES\nbase: a\nmodels: [b]", "line 1: method: 'TIES' is unknown; did you mean ties?"),
+    (TIES + "models: [b]\nsettings: {DENSITY: 1}", "line 4: settings.DENSITY: unknown; did you mean density?"),
     (TIES + "models: [b]\nsetings: {}", "line 4: setings: unknown; did you mean settings?"),
     (TIES + "models: [{model: b, denisty: 1}]", "line 3: models[0].denisty: unknown; did you mean density?"),
     (TIES + "models: [b]\nsettings: {densty: 1}", "line 4: settings.densty: unknown; did you mean density?"),

@@ -111,6 +111,12 @@ MERGEKIT = [
         "line 3: parameters.eps: our multislerp cannot do this; leave it out",
     ),
     (
+        "name: one\nmerge_method: passthrough\nmodels: [{model: a}]\n---\n"
+        "merge_method: passthrough\nmodels: [{model: one+b}]",
+        "line 5: 'one+b': one is a recipe of this file, and an adapter is applied to what is on disk; merge it first, "
+        "and name the folder",
+    ),
+    (
         "merge_method: passthrough\nmodels: [{model: a}]\ndtype: int64",
         "line 3: dtype: 'int64' is no floating type that models are stored in; "
         "known: bfloat16, float16, float32, float64",

@@ -271,7 +271,7 @@ def test_documents_run_in_the_order_of_their_use(tmp_path: Path) -> None:
         base_model: org/base
         models:
           - {model: second, parameters: {weight: 1}}
-          - {model: first+org/lora, parameters: {weight: 1}}
+          - {model: first, parameters: {weight: 1}}
         ---
         name: second
         merge_method: slerp
@@ -288,6 +288,6 @@ def test_documents_run_in_the_order_of_their_use(tmp_path: Path) -> None:
     )
     assert warnings == ()
     assert [r.name for r in recipes] == ["first", "second", None]
-    assert recipes[2].refs == ("org/base", "second", "first+org/lora")
+    assert recipes[2].refs == ("org/base", "second", "first")
     assert recipes[0].text.startswith("name: first\nmerge_method: linear")
     assert "ties" not in recipes[0].text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,11 @@ def test_a_method_of_ours_may_stand_in_its_language(tmp_path: Path) -> None:
 def test_models_weigh_the_same_where_mergekit_knows_no_weight(tmp_path: Path) -> None:
     recipe = read_one(tmp_path, "merge_method: karcher\nmodels: [{model: a}, {model: b}]")
     assert recipe.settings["weight"] == 1.0
+
+
+def test_a_guard_against_dividing_by_zero_has_no_effect(tmp_path: Path) -> None:
+    text = "merge_method: multislerp\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1, eps: 1e-9}\n"
+    (recipe,), warnings = read(tmp_path, text)
+    assert warnings == ("line 3: parameters.eps: has no effect here: norms are divided by as they are",)
+    assert "eps" not in recipe.settings
+    assert read_one(tmp_path, text.replace("1e-9", "1e-8")) == replace(recipe, text=text.replace("1e-9", "1e-8"))

@@ -262,3 +262,23 @@ def test_a_base_with_its_adapter_may_lead(shape: str, tmp_path: Path) -> None:
     adapted["model.layers.1.mlp.weight"] += (up @ down).double()
     for name, x in found.items():
         torch.testing.assert_close(x.double(), 0.7 * adapted[name] + 0.3 * models[1][name], rtol=1e-6, atol=1e-5)
+
+
+def test_lines_counts_the_layers_of_the_output_and_not_those_of_a_slice(tmp_path: Path) -> None:
+    base, one = layered(4, 1), layered(4, 2)
+    for name, model in (("base", base), ("one", one)):
+        save(model, tmp_path / name)
+    found = run(
+        tmp_path,
+        """
+        method: task_arithmetic
+        base: base
+        slices:
+          - models: [{model: one, layers: [0, 2]}]
+          - models: [{model: one, layers: [2, 4]}]
+        post: [{lines: {alpha: 0.0, beta: 3.0}}]
+        """,
+    )
+    for i in range(4):
+        name = f"model.layers.{i}.mlp.weight"
+        torch.testing.assert_close(found[name], base[name] + i * (one[name] - base[name]))

@@ -15,6 +15,7 @@ from merganser.errors import CheckpointError, ParameterError
 from merganser.merging.chat_templates import TEMPLATES
 from merganser.merging.chosen_template import chat_template_of
 from merganser.merging.recipe import Input, Recipe, Slice, Vocabulary
+from merganser.merging.run import plan_recipes, run
 from merganser.merging.tokenizer_json import Tokenizer as Read
 from merganser.merging.tokenizer_json import read_tokenizers
 from merganser.merging.tokenizer_written import needed
@@ -162,8 +163,9 @@ def templated(folder: Path, where: str, template: str) -> Path:
 
 
 def template_of(folders: Sequence[Path], wanted: str | None, base: Path | None = None) -> str | None:
-    recipe = Recipe("linear", (Slice(tuple(Input(str(f)) for f in folders)),), chat_template=wanted)
-    return chat_template_of(recipe, {str(f): open_source(str(f)) for f in folders})
+    inputs, given = tuple(Input(str(f)) for f in folders), Input(str(base)) if base is not None else None
+    recipe = Recipe("linear", (Slice(inputs),), given, chat_template=wanted)
+    return chat_template_of(recipe, {ref: open_source(ref) for ref in recipe.refs})
 
 
 def test_most_frequent_template_is_taken_wherever_it_stands(tmp_path: Path) -> None:
@@ -175,12 +177,34 @@ def test_most_frequent_template_is_taken_wherever_it_stands(tmp_path: Path) -> N
     assert template_of(folders[-1:], "auto") is None
 
 
+def test_the_base_counts_behind_the_models_and_space_around_a_template_does_not(tmp_path: Path) -> None:
+    one, two = (templated(tmp_path / str(i), "jinja", f"{{{{ {i} }}}}\n") for i in range(2))
+    base = templated(tmp_path / "base", "settings", "{{ 1 }}")
+    assert template_of([one, two], "auto", base) == "{{ 1 }}\n"
+    assert template_of([one], "auto", base) == "{{ 0 }}\n"
+
+
 def test_template_is_taken_by_name_or_as_it_is(tmp_path: Path) -> None:
     assert template_of([], None) is None
     assert template_of([], "{{ messages[0] }}") == "{{ messages[0] }}"
     assert template_of([], "chatml") == TEMPLATES["chatml"]
     with pytest.raises(ParameterError, match="chat_template is 'chatlm', which is no template"):
         template_of([], "chatlm")
+
+
+@pytest.mark.parametrize("vocabulary", [None, Vocabulary("union")])
+@pytest.mark.parametrize("where", ["jinja", "json", "named", "settings"])
+def test_no_file_of_the_output_holds_the_old_template(
+    tmp_path: Path, where: str, vocabulary: Vocabulary | None
+) -> None:
+    folders = [templated(tmp_path / name, at, "{{ old }}") for name, at in (("a", where), ("b", "nowhere"))]
+    inputs = tuple(Input(str(folder)) for folder in folders)
+    recipe = Recipe("linear", (Slice(inputs),), chat_template="{{ new }}", vocabulary=vocabulary)
+    out = run(plan_recipes([recipe]), tmp_path / "out", threads=1)
+    assert (out / "chat_template.jinja").read_text() == "{{ new }}"
+    assert auto(out).chat_template == "{{ new }}"
+    for file in out.glob("*.json"):
+        assert json.loads(file.read_text()).get("chat_template", "{{ new }}") == "{{ new }}"
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def diff(
     merganser diff path/to/base path/to/tuned --plot diff.png
     """
     for path in filter(None, (plot, json)):
-        check_file(path)
+        check_file(path, [a, b])
     if plot is not None:
         from merganser.report import blank_figure
 
@@ -54,25 +54,45 @@ def diff(
     with progress_bar("reading", quiet=quiet) as progress:
         found = difference(first, second, ignore=ignore or (), rank=rank, threads=threads, progress=progress)
     if plot is not None:
-        plot.write_bytes(_bars(found))
+        write_file(plot, _bars(found))
     if json is not None:
-        json.write_text(json_.dumps(_numbers(found), indent=1, allow_nan=False) + "\n", "utf-8")
+        write_file(json, json_.dumps(_numbers(found), indent=1, allow_nan=False).encode() + b"\n")
     if not quiet:
         _print(found, top)
         for path in filter(None, (plot, json)):
             console().print(f"{path}: written")
 
 
-def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before any work.
+def check_file(path: Path, inputs: Sequence[str]) -> None:
+    """Refuse a file that cannot be written or is read, before any work.
+
+    Args:
+        path: of the file.
+        inputs: references and files that the command reads.
 
     Raises:
-        OutputError: If it is a folder, or its folder is not there.
+        OutputError: If it is a folder, its folder is not there, or it is or lies within what is read.
     """
+    from merganser.checkpoints.overlap import refuse_overlap
     from merganser.errors import OutputError
 
     if path.is_dir() or not path.parent.is_dir():
         raise OutputError(f"{path} cannot be written: " + ("it is a folder" if path.is_dir() else "no such folder"))
+    refuse_overlap(path, inputs)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of results.
+
+    Raises:
+        OutputError: If the disk does not take it.
+    """
+    from merganser.errors import OutputError
+
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def number(value: float | None) -> float | None:

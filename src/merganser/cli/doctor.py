@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from merganser.cli.diff import check_file, number, shown
+from merganser.cli.diff import check_file, number, shown, write_file
 from merganser.cli.show import console, counted, progress_bar
 
 if TYPE_CHECKING:
@@ -34,20 +34,20 @@ def doctor(
     interfering singular vectors, densities that keep next to nothing, changes that the output's type rounds away, NaN,
     and configs that differ. Exit code 0: nothing found; 1: warnings; 2: the recipe cannot be merged.
     """
-    if json is not None:
-        check_file(json)
     from merganser.merging.doctor import examine, gravest
     from merganser.merging.native import read_recipes
     from merganser.merging.run import plan_recipes
 
     recipes, warnings = read_recipes(recipe, lenient=lenient)
+    if json is not None:
+        check_file(json, [str(recipe), *(ref for one in recipes for ref in (*one.refs, *one.statistics))])
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     merged = plan_recipes(recipes, digests=False)
     with progress_bar("reading") as progress:
         found = examine(merged, layers=layers, threads=threads, progress=progress)
     if json is not None:
-        json.write_text(json_.dumps([numbers(one) for one in found], indent=1, allow_nan=False) + "\n", "utf-8")
+        write_file(json, json_.dumps([numbers(one) for one in found], indent=1, allow_nan=False).encode() + b"\n")
     for one in found:
         _print(one)
     if json is not None:

@@ -15,8 +15,8 @@ def chat_template_of(recipe: Recipe, sources: Mapping[str, Source]) -> str | Non
     """The template that a recipe asks for.
 
     Args:
-        recipe: whose `chat_template` is "auto" for the most frequent one among its models, where the first counts if
-            several are as frequent; one that is built in by name; or a template itself.
+        recipe: whose `chat_template` is "auto" for the most frequent one among its models and their base, where the
+            first model's counts if several are as frequent; one that is built in by name; or a template itself.
         sources: the opened source of every model.
 
     Returns:
@@ -35,11 +35,11 @@ def chat_template_of(recipe: Recipe, sources: Mapping[str, Source]) -> str | Non
                 f"chat_template is {wanted!r}, which is no template", f"write one, or auto, {', '.join(TEMPLATES)}"
             )
         return TEMPLATES[wanted]
-    counts: dict[str, int] = {}
-    for ref in dict.fromkeys(model.ref for one in recipe.slices for model in one.inputs):
-        if (found := _template(sources[ref])) is not None:
-            counts[found] = counts.get(found, 0) + 1
-    return max(counts, key=lambda template: counts[template]) if counts else None
+    found: dict[str, list[str]] = {}  # by all but the space around them, which a file of its own ends on
+    for ref in dict.fromkeys((*(model.ref for one in recipe.slices for model in one.inputs), *recipe.refs)):
+        if (template := _template(sources[ref])) is not None:
+            found.setdefault(template.strip(), []).append(template)
+    return max(found.values(), key=len)[0] if found else None
 
 
 def _template(source: Source) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from merganser.checkpoints.writer import write_json
 from merganser.merging.config_depth import Described, deepen
 from merganser.merging.layers import depths, place_of
 from merganser.merging.plan import Plan
-from merganser.merging.tokenizer_json import is_tokenizer_file
+from merganser.merging.tokenizer_json import CONFIG_NAME, TEMPLATE_NAMES, is_tokenizer_file
 from merganser.merging.vocabulary_rows import unwrapped
 from merganser.types import FLOAT_DTYPES
 
 CARD_NAME = "README.md"
-_CONFIG, _GENERATION, _TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_TEMPLATE, _OLD_TEMPLATE = TEMPLATE_NAMES
 _TYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 #: A file as it is, or its new content.
 _File = Path | bytes | dict[str, Any]
@@ -63,6 +65,10 @@ def _files(plan: Plan) -> dict[str, _File]:
     if plan.vocabulary is not None:
         files = {n: f for n, f in files.items() if not is_tokenizer_file(n)} | dict(plan.vocabulary.files)
     if plan.chat_template is not None:
+        for name in (CONFIG_NAME, _OLD_TEMPLATE):  # programs differ in which of several they believe
+            content = _content(files.get(name))
+            if content is not None and "chat_template" in content:
+                files[name] = content | {"chat_template": plan.chat_template}
         files[_TEMPLATE] = plan.chat_template.encode()
     return files
 
@@ -107,7 +113,7 @@ def _deepened(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The donor's config for as many layers as the output has, and of the kinds that they are."""
     origins = _origins(plan)
     models = {ref: _described(plan, ref) for found in origins.values() for ref, _ in found.values()}
-    donor = models[plan.donor] = Described(plan.donor, config, depths(plan.sources[plan.donor].infos))
+    donor = models[plan.donor] = replace(_described(plan, plan.donor), config=config)
     after: dict[str, list[tuple[Described, int]]] = {}
     for stack, found in origins.items():
         if not found:
@@ -121,7 +127,12 @@ def _deepened(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _described(plan: Plan, ref: str) -> Described:
-    return Described(ref, _content(_files_of(plan, ref).get(_CONFIG)) or {}, depths(plan.sources[ref].infos))
+    names: dict[str, dict[int, set[str]]] = {}
+    for place in filter(None, map(place_of, plan.sources[ref].infos)):
+        names.setdefault(place.stack, {}).setdefault(place.index, set()).add(place.rest)
+    parts = {stack: {i: frozenset(rests) for i, rests in layers.items()} for stack, layers in names.items()}
+    config = _content(_files_of(plan, ref).get(_CONFIG)) or {}
+    return Described(ref, config, depths(plan.sources[ref].infos), parts)
 
 
 def _origins(plan: Plan) -> dict[str, dict[int, tuple[str, int]]]:

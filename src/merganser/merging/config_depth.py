@@ -2,12 +2,15 @@
 
 | key | whose layers |
 |---|---|
-| `num_hidden_layers`, `n_layer`, `n_layers`, `num_layers`, `depth`, `num_hidden_groups` | of any stack |
+| `num_hidden_layers`, `n_layer`, `n_layers`, `num_layers`, `depth`, `num_hidden_groups`, `num_blocks` | of any stack |
 | `encoder_layers`, `num_decoder_layers`, `num_single_layers` and the like | of the stack with that word in its name |
 | any of these within `text_config`, `vision_config` and the like | of the stack with that word in its name |
 
 The number must be that of the donor's stack, else it means something else and stays. A list is one entry a layer where
 it stands beside that number and is as long; each entry comes from the config of the model that its layer comes from.
+Lists of the numbers of some layers, such as `mlp_only_layers`, get the numbers that these have in the output.
+
+Where layers are of several kinds by another rule (`first_k_dense_replace`), each must stay where the rule has its kind.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from merganser.errors import ParameterError
+from merganser.errors import ParameterError, and_more
 
-_ANY = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_hidden_groups")
+_ANY = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_hidden_groups", "num_blocks")
+#: Lists of the numbers of some layers.
+_NUMBERS = (
+    "mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids",
+    "cross_attention_layers", "fullatt_block_indexes", "global_attn_indexes",
+)  # fmt: skip
 _OWNED = re.compile(r"^(?:num_|n_)?(?P<owner>encoder|decoder|single)_layers$")
 #: Other words by which names of tensors call what a config calls so.
 _ALSO = {"language": "text", "visual": "vision", "image": "vision", "speech": "audio"}
@@ -36,11 +44,13 @@ class Described:
         ref: of the model.
         config: its content.
         depths: number of layers of each stack of its tensors.
+        parts: by stack, what the tensors of each layer are called within it; none where that is not known.
     """
 
     ref: str
     config: Mapping[str, Any]
     depths: Mapping[str, int]
+    parts: Mapping[str, Mapping[int, frozenset[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,8 @@ def deepen(donor: Described, after: Mapping[str, Sequence[tuple[Described, int]]
         after: for every layer of each of the output's stacks, the model that it comes from, and its number there.
 
     Raises:
-        ParameterError: If the donor has a list of one entry a layer, and a model that gives a layer has none.
+        ParameterError: If the donor has a list of one entry a layer, and a model that gives a layer has none; or a
+            layer lacks tensors that the config asks for where it stands.
 
     >>> a = Described("a", {"num_hidden_layers": 2, "layer_types": ["x", "y"]}, {"h.": 2})
     >>> deepen(a, {"h.": [(a, 0), (a, 1), (a, 1)]})
@@ -88,9 +99,40 @@ def deepen(donor: Described, after: Mapping[str, Sequence[tuple[Described, int]]
         for entry in _of_stack(entries, stack, count):
             entry.node[entry.key] = len(layers)
             for key, value in entry.node.items():
-                if isinstance(value, list) and len(value) == count and not _NO_LAYERS.search(key):
+                if key in _NUMBERS and isinstance(value, list):
+                    entry.node[key] = _renumbered((*entry.path, key), layers)
+                elif isinstance(value, list) and len(value) == count and not _NO_LAYERS.search(key):
                     entry.node[key] = _joined(donor, stack, (*entry.path, key), layers)
+            _refuse_gaps(donor, stack, layers, entry)
     return changed
+
+
+def _renumbered(path: Sequence[str], layers: Sequence[tuple[Described, int]]) -> list[int]:
+    """Numbers in the output of those layers whose numbers a list of their own models holds."""
+    return [number for number, (model, layer) in enumerate(layers) if layer in (_at(model.config, path) or ())]
+
+
+def _refuse_gaps(donor: Described, stack: str, layers: Sequence[tuple[Described, int]], entry: _Entry) -> None:
+    """Refuse a layer that lacks tensors of the donor's in its place, where no list of the config tells them apart."""
+    old: Mapping[str, Any] = _at(donor.config, entry.path)
+    lists = [
+        key
+        for key, value in old.items()
+        if isinstance(value, list) and (key in _NUMBERS or (len(value) == entry.value and not _NO_LAYERS.search(key)))
+    ]
+
+    def told(node: Mapping[str, Any], number: int) -> list[Any]:
+        return [number in node[key] if key in _NUMBERS else node[key][number] for key in lists]
+
+    for number, (model, layer) in enumerate(layers[: entry.value]):
+        needed = donor.parts.get(stack, {}).get(number, frozenset())
+        lacking = sorted(needed - model.parts.get(stack, {}).get(layer, needed))
+        if lacking and told(old, number) == told(entry.node, number):
+            raise ParameterError(
+                f"{stack}{number} of the output would be {stack}{layer} of {model.ref}, which has no {lacking[0]}"
+                f"{and_more(lacking)}; config.json of {donor.ref} has layers of several kinds, and one with it there",
+                "cut the slices so that layers of each kind stay where the config has them",
+            )
 
 
 def _joined(donor: Described, stack: str, path: Sequence[str], layers: Sequence[tuple[Described, int]]) -> list[Any]:

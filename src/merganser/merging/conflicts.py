@@ -33,6 +33,7 @@ from merganser.merging.merged import Merged
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.spectra import leading
 from merganser.merging.survey import cell_rows, chunk_rows
+from merganser.merging.vocabulary_rows import unwrapped
 from merganser.numerics import TORCH_DTYPES, product
 
 #: Share of a layer's input directions that count as leading.
@@ -241,17 +242,22 @@ def _measured(plan: Plan, tensor: TensorPlan) -> _Found:
         if is_matrix(tensor.role):
             found.layer = _layer(plan, tensor, [(n, k) for i, (n, k) in enumerate(labels.items()) if found.dots[i, i]])
     for piece in (*pieces, tensor.base):
-        source = plan.sources[piece.ref] if piece is not None else None
-        if isinstance(source, Merged) and piece is not None:
-            source.forget(piece.name)
+        if piece is not None and (stage := _stage(plan, piece)) is not None:
+            stage.forget(piece.name)
     return found
+
+
+def _stage(plan: Plan, piece: Piece) -> Merged | None:
+    """The merge that a tensor comes from; None where it comes from a file."""
+    source = unwrapped(plan.sources[piece.ref])
+    return source if isinstance(source, Merged) else None
 
 
 def _cells(plan: Plan, tensor: TensorPlan, pieces: Sequence[Piece]) -> Iterator[list[Any]]:
     """Every cell of the grid of all models and, last, of the base, flat and in float64."""
     shape = tensor.info.shape
     read = [*pieces, tensor.base]
-    whole = not shape or any(isinstance(plan.sources[p.ref], Merged) for p in read if p is not None)
+    whole = not shape or any(_stage(plan, p) is not None for p in read if p is not None)
     cell = cell_rows(shape)
     for rows in [None] if whole else chunk_rows(shape, CHUNK_ELEMENTS):
         parts = [None if p is None else plan.sources[p.ref].read(p.name, rows) for p in read]

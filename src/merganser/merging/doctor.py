@@ -99,7 +99,7 @@ def examine(
         MerganserError: If a model cannot be read, or a setting is refused.
     """
     found = []
-    for stage in _stages(merged):
+    for stage in merged.stages():
         conflicts = measure(stage, layers=layers, threads=threads, progress=progress)
         plan = stage.plan
         findings = [
@@ -122,14 +122,6 @@ def examine(
         if any(finding.fatal for finding in findings):
             break
     return found
-
-
-def _stages(merged: Merged) -> list[Merged]:
-    found: dict[int, Merged] = {}
-    for source in merged.plan.sources.values():
-        if isinstance(source, Merged):
-            found |= {id(stage): stage for stage in _stages(source)}
-    return [*found.values(), merged]
 
 
 def _nonfinite(conflicts: Conflicts) -> Iterator[Finding]:

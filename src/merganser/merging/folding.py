@@ -69,8 +69,12 @@ def folded(
     kind = kind_of(merged.plan.recipe.method, tensor.settings)
     role, shape = tensor.role, tensor.info.shape
     state: dict[str, Tensor] = {}
+    double = any(merged.plan.sources[p.ref].infos[p.name].dtype == "F64" for p in tensor.pieces)
     for t, (piece, weight) in enumerate(zip(tensor.models, tensor.weight, strict=True), 1):
-        (d,), base = merged.stack(replace(tensor, models=(piece,)), rows, changes=True)
+        (d,), base = merged.stack(replace(tensor, models=(piece,)), rows, changes=not double)
+        if double and base is not None:  # of any model or the base: then all is float64, whatever comes last
+            base = base.double()
+            d = d.double() - base
         if each is not None:
             each(d)
         state = kind.update(role, shape, state, kind.seen(role, shape, d), weight=weight, t=t)

@@ -83,6 +83,6 @@ def rules_of(name: str) -> Rules:
     if name in METHODS:
         method = METHODS[name]
         return Rules(name, method, settings_of(method), (), True, False, True, (1, None))
-    near = get_close_matches(name, merge_names(), n=1)
+    near = get_close_matches(name.lower(), merge_names(), n=1)
     hint = f"did you mean {near[0]}?" if near else "merganser methods lists them"
     raise ParameterError(f"there is no method {name!r}", hint)

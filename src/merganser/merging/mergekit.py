@@ -52,10 +52,12 @@ from merganser.merging.lookup import Rules, merge_names, rules_of
 from merganser.merging.mergekit_vocabulary import read_vocabulary
 from merganser.merging.reading import NOTHING, Node, kind_of, short
 from merganser.merging.recipe import Input, Recipe, Settings, Slice
-from merganser.merging.values import Scalar, Value, mapped
+from merganser.merging.values import Choice, Gradient, Scalar, Value, mapped
 
 T = TypeVar("T", Input, Slice)
 
+#: Most that can be meant as a guard, which nobody sees in the result.
+GUARD = 1e-6
 #: Prefix of the tensors of a module by mergekit's name of it, where it is not that name.
 MODULE_PREFIXES: Mapping[str, str] = {"default": ""}
 
@@ -338,11 +340,13 @@ class _Reader:
         return mapped(node.setting(), one)
 
     def kept(self, node: Node, name: str, value: Value) -> bool:
-        """Whether our method has the setting; where it has not, only mergekit's default can be meant."""
+        """Whether our method has the setting; where it has not, only a guard against dividing by 0 can be meant."""
         if self.rules is None or name == "weight" or name in self.rules.settings or value == NOTHING:
             return True
-        if value != DIALECT_DEFAULTS[self.method].get(name):
+        if isinstance(value, bool | str | Choice | Gradient) or not 0 <= value <= GUARD:
             node.error(f"our {self.method} cannot do this; leave it out")
+        elif value != DIALECT_DEFAULTS[self.method].get(name):
+            node.warn("has no effect here: norms are divided by as they are")
         return False
 
 

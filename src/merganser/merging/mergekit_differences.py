@@ -33,6 +33,15 @@ DIFFERENCES: Mapping[str, str] = {
         "mergekit leaves `layer_types` and its like as the donor has them, and changes their number alone; here "
         "each entry is that of the model that the layer comes from, and a config that lacks it is an error."
     ),
+    "Slices of layers of several kinds": (
+        "mergekit leaves lists of layers' numbers (`mlp_only_layers`) as they are, and stacks any layer on any; here "
+        "such lists get the new numbers, and a layer without tensors that the config asks for in its place, which "
+        "would be drawn at random when the model is loaded, is an error."
+    ),
+    "An adapter on an earlier document's output": (
+        "mergekit applies it to the folder of that stage; here nothing is written between stages, and it is an error "
+        "that says so."
+    ),
     "Tied and untied models together": (
         "mergekit writes a head, and a config that ties it away; here the output is untied and its config says so."
     ),
@@ -53,6 +62,10 @@ DIFFERENCES: Mapping[str, str] = {
         "and can be 0; here by the sum of their sizes."
     ),
     "Weights that add up to 0 under `normalize`": ("mergekit's linear gives infinity or NaN; here it is an error."),
+    "Weights of 0 throughout": (
+        "where no model has a weight for a tensor, methods of changes leave it as the base's, as in mergekit; under "
+        "linear and multislerp, where mergekit gives NaN, and nuslerp, where it takes the middle, it is an error."
+    ),
     "Small changes": (
         "mergekit clamps at 1e-6 in model_stock (small changes give the base), sce (equal weights) and "
         "nearswap; here nothing is clamped."

@@ -52,7 +52,7 @@ class TensorPlan:
         base: the base's; None where there is no base.
         weight: one factor a model.
         settings: of the method; tuples where they differ from model to model.
-        depth: 0 at the first layer, 1 at the last.
+        depth: 0 at the first layer of the output, 1 at the last.
         statistics: references of what was measured of the models, where the method asks for it.
     """
 
@@ -177,11 +177,9 @@ def _planned(
     infos = [sources[p.ref].infos[p.name] for p in pieces]
     lead_info, role = sources[lead.ref].infos[lead.name], roles[lead.ref][lead.name]
     _refuse_mixed(draft.name, [lead, *pieces], [lead_info, *infos])
-    depth = draft.depth
-    if depth is None:
-        place = place_of(draft.name)
-        depth = depth_of(place.index, stacks[place.stack]) if place is not None else 0.0
-    weight, settings = _settings(recipe, rules, draft, models, depth)
+    place = place_of(draft.name)
+    depth = depth_of(place.index, stacks[place.stack]) if place is not None else 0.0
+    weight, settings = _settings(recipe, rules, draft, models, depth if draft.depth is None else draft.depth)
     dtype = _out_dtype(recipe, lead_info, infos)
     measured = statistics_of(rules, sources, models, pieces, role) if rules.measured else ()
     return TensorPlan(TensorInfo(lead_info.shape, dtype), role, pieces, base_piece, weight, settings, depth, measured)
@@ -250,6 +248,8 @@ def _settings(
         if value is None and rules.weighted and recipe.dialect == "mergekit":
             raise ParameterError(f"no weight of {model.ref} fits {name}", "add a last value without a filter")
         weights.append(_number(1.0 if value is None else value, "weight", model.ref))
+    if recipe.dialect == "mergekit" and rules.needs_base and settings.get("normalize") and not any(weights):
+        settings["normalize"] = False  # nothing is added to the base, so mergekit divides by nothing
     if missing := [n for n in rules.required if n not in settings]:
         raise ParameterError(f"{recipe.method} needs {missing[0]} for {draft.name}", f"settings: {{{missing[0]}: 0.5}}")
     return tuple(weights), settings

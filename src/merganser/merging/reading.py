@@ -240,7 +240,7 @@ def unknown(word: str, known: Iterable[str]) -> str:
     'unknown; did you mean density?'
     """
     known = list(known)
-    near = get_close_matches(word, known, n=1)
+    near = get_close_matches(word, known, n=1) or get_close_matches(word.lower(), known, n=1)
     return f"unknown; did you mean {near[0]}?" if near else f"unknown; known: {', '.join(known) or 'none'}"
 
 

@@ -210,6 +210,14 @@ def test_a_header_longer_than_the_file_is_refused_without_reading_it(tmp_path: P
     assert "truncated" in (caught.value.hint or "")
 
 
+def test_a_pointer_of_git_lfs_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(CheckpointError, match="is Git LFS's pointer") as caught:
+        open_source(str(path))
+    assert caught.value.hint == "git lfs pull, in its folder"
+
+
 def test_a_header_past_the_limit_is_refused_even_if_the_file_has_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from merganser.checkpoints import open_source
+from merganser.merging.conflicts import measure
 from merganser.merging.recipe import Recipe
 from merganser.merging.run import job_bytes, plan_recipes, run
 from merging_helpers import merged, recipe
@@ -142,3 +143,12 @@ def test_lines_past_the_end_are_refused(models: tuple[list[Path], list[Path]]) -
     assert torch.equal(source.read_lines(NAME, (7, 9)), load(models[0][0])[NAME].reshape(-1, SHAPE[-1])[7:9])
     with pytest.raises(IndexError, match="has 1800 rows"):
         source.read_lines(NAME, (1799, 1801))
+
+
+def test_the_doctor_measures_lines_as_it_does_the_same_numbers_as_a_matrix(
+    models: tuple[list[Path], list[Path]],
+) -> None:
+    found, expected = (measure(plan_recipes([named(folders, "ties", settings={"density": 0.3})])) for folders in models)
+    assert len(found.pairs) == 1
+    for one, other in zip(found.pairs.values(), expected.pairs.values(), strict=True):
+        assert (one.equal, one.cosine, one.opposing) == (other.equal, other.cosine, other.opposing)

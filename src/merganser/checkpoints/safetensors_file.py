@@ -22,6 +22,8 @@ from merganser.numerics import TORCH_DTYPES
 from merganser.types import ITEM_BYTES, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
+#: What stands in place of a file that Git LFS has not fetched.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 #: Largest size of an axis or a file that anything can address.
 MAX_COUNT = 2**63 - 1
 
@@ -135,6 +137,8 @@ def _read_header(file: Any, path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{path} has {len(prefix)} bytes; a safetensors file starts with 8 bytes of length")
     length = int.from_bytes(prefix, "little")
     size = os.fstat(file.fileno()).st_size
+    if prefix == LFS_POINTER[:8]:
+        raise CheckpointError(f"{path} is Git LFS's pointer to a file and not the file", "git lfs pull, in its folder")
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise CheckpointError(
             f"{path} claims a header of {length} bytes in a file of {size}",

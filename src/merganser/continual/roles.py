@@ -65,7 +65,7 @@ def assign_roles(
         elif info.dtype not in (*FLOAT_DTYPES, *EXACT_DTYPES):
             raise DtypeError(
                 f"{name} of {base.ref} is {info.dtype}, which cannot be merged",
-                "dequantise the model, or freeze it",
+                "dequantise the model, or leave it as the base has it: --freeze, in a recipe keep",
             )
         elif matches(name, vector) and matches(name, matrix):
             raise ParameterError(f"{name} is named by --matrix and by --vector", "name it by one of them")

@@ -29,6 +29,7 @@ from merganser.continual.roles import is_matrix, matrix_shape
 from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.errors import NonFiniteError, ParameterError
 from merganser.merging.layers import place_of
+from merganser.merging.lines import read_part
 from merganser.merging.merged import Merged
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.spectra import leading
@@ -145,7 +146,7 @@ def measure(
     names = _sampled(plan, layers)
     jobs = []
     for name in names:
-        tensor = plan.tensors[name]
+        tensor = merged.tensors[name]
         nbytes = tensor.info.nbytes * len(tensor.models)
         needed = tensor.info.numel * 8 if is_matrix(tensor.role) else 0
         jobs.append(Job(name, partial(_measured, plan, tensor), needed, nbytes))
@@ -260,7 +261,7 @@ def _cells(plan: Plan, tensor: TensorPlan, pieces: Sequence[Piece]) -> Iterator[
     whole = not shape or any(_stage(plan, p) is not None for p in read if p is not None)
     cell = cell_rows(shape)
     for rows in [None] if whole else chunk_rows(shape, CHUNK_ELEMENTS):
-        parts = [None if p is None else plan.sources[p.ref].read(p.name, rows) for p in read]
+        parts = [None if p is None else read_part(plan.sources[p.ref], p, rows, tensor) for p in read]
         for start in range(0, (rows[1] - rows[0]) if rows is not None else tensor.info.rows, cell):
             yield [None if x is None else (x[start : start + cell] if shape else x).reshape(-1).double() for x in parts]
 

@@ -149,7 +149,7 @@ def find_method(name: str, *, more: Sequence[str] = ()) -> Method:
     """
     if name not in METHODS:
         known = list(dict.fromkeys((*METHODS, *more)))
-        near = get_close_matches(name, known, n=1)
+        near = get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise ParameterError(f"there is no method {name!r}", hint)
     return METHODS[name]

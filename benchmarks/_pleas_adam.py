@@ -4,7 +4,9 @@
 
 x and y are what the parents' layers take in and give, kept apart where units are apart. 400 steps from the block
 average with batches of 16, learning rate 5e-4, cosine to 0. Here a step runs each parent once and takes its layers'
-outputs from that run; the authors' code runs every layer anew.
+outputs from that run; the authors' code runs every layer of both parents anew, for the same targets.
+
+Least squares look at the pictures once, for second moments; any splits and any ridge are solved from these.
 
 Source: Nasery et al. 2024, arXiv:2407.02447 (PLeaS), section 3.2; the numbers are those of its code.
 """
@@ -23,7 +25,7 @@ from torch.nn import functional
 
 from merganser.align.activations import Batch
 from merganser.align.layout import Places, Side, Splits, widened
-from merganser.align.moments import joint_groups
+from merganser.align.moments import Joint, joint_moments
 from merganser.align.partial import Pair
 from merganser.align.ran import layers_run
 from merganser.align.refit import Fit, fit_of, refit, shares
@@ -55,10 +57,10 @@ class Problem:
         names = [f"{layer}.{what}" for layer in self.fits for what in ("weight", "bias")]
         return {name: self.state[name].clone() for name in names if name in self.state}
 
-    def solved(self) -> Tensors:
-        """By least squares, from second moments; constants are not left to BatchNorm here, as Adam does not either."""
-        pair, how, found = self.pair, Sampling(), Tensors()
-        passes = joint_groups(
+    def measured(self) -> dict[str, Joint]:
+        """What least squares need of the pictures; it does not depend on the splits."""
+        pair, how = self.pair, Sampling()
+        return joint_moments(
             pair.one,
             pair.two,
             pair.batches,
@@ -66,12 +68,19 @@ class Problem:
             rows=how.rows,
             memory_bytes=how.memory_bytes,
         )
-        for moments in passes:
-            found |= refit(pair.found.spec, pair.a, pair.b, self.state, moments, self.splits).tensors
-        return found
 
-    def descended(self, steps: int) -> Tensors:
-        """By Adam; pictures are drawn from all batches, in a new order every time they are through."""
+    def solved(self, moments: dict[str, Joint]) -> Tensors:
+        """By least squares, from second moments; constants are not left to BatchNorm here, as Adam does not either."""
+        pair = self.pair
+        return refit(pair.found.spec, pair.a, pair.b, self.state, moments, self.splits).tensors
+
+    def descended(self, steps: int, *, anew: bool = False) -> Tensors:
+        """By Adam; pictures are drawn from all batches, in a new order every time they are through.
+
+        Args:
+            steps: of it.
+            anew: run the parents' layers again for their outputs, as the authors' code does.
+        """
         images = torch.cat([args[0] for args, _ in self.pair.batches])
         tensors = {name: x.requires_grad_() for name, x in self.start().items()}
         masks = {f"{layer}.weight": _mask(fit, tensors[f"{layer}.weight"]) for layer, fit in self.fits.items()}
@@ -84,7 +93,7 @@ class Problem:
                 waiting = torch.randperm(len(images), generator=generator)
             chosen, waiting = waiting[:BATCH], waiting[BATCH:]
             adam.zero_grad()
-            errors = self.errors(tensors, images[chosen])
+            errors = self.errors(tensors, images[chosen], anew=anew)
             torch.stack([error.mean() for error, _ in errors.values()]).sum().backward()
             for name, mask in masks.items():
                 gradient = tensors[name].grad
@@ -94,16 +103,25 @@ class Problem:
             cosine.step()
         return {name: x.detach() for name, x in tensors.items()}
 
-    def errors(self, tensors: Mapping[str, Tensor], x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def errors(
+        self, tensors: Mapping[str, Tensor], x: Tensor, *, anew: bool = False
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """By layer: squared errors on some pictures, and what it is to give."""
-        first, second = (_seen(network, ((x,), {}), self.fits) for network in (self.pair.one, self.pair.two))
+        first, second = self.seen(x)
         found = {}
         for layer, fit in self.fits.items():
             (a, of_a), (b, of_b) = first.pop(layer), second.pop(layer)
+            if anew:
+                with torch.no_grad():
+                    of_a, of_b = self.pair.one.get_submodule(layer)(a), self.pair.two.get_submodule(layer)(b)
             taken, target = laid(fit.columns, a, b), laid(fit.rows, of_a, of_b)
             given = _given(self.pair.one.get_submodule(layer), taken, tensors, layer)
             found[layer] = (given - target).square(), target
         return found
+
+    def seen(self, x: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """What both parents' layers take in and give on some pictures."""
+        return [_seen(network, ((x,), {}), self.fits) for network in (self.pair.one, self.pair.two)]
 
     def judged(self, tensors: Mapping[str, Tensor], known: Sequence[Batch], fresh: Tensor) -> dict[str, float]:
         """The objective, and the mean over layers of the share of squares that is left: known and fresh pictures."""

@@ -98,9 +98,11 @@ def stage_table(found: dict[str, list[Run]], budget: float) -> list[str]:
         "",
         f"MB before the first stage, networks and pictures in memory: {before}. BatchNorm: the parents', on these "
         "pictures. Groups: which of them can be split, tried in float64. Gains: second moments of what all layers take "
-        "in, for the splits. Refit: with `layers`, second moments again, a solve a layer, and BatchNorm's statistics; "
-        "with `sequence`, the parents' outputs at the drawn places and one run through the merged network. The first "
-        f"network has {built['flops']:.3f} of a parent's FLOPs and {built['parameters']:.3f} of its parameters.",
+        "in, for the splits; with `sequence` also what the parents give at the places that the refit will draw, where "
+        "memory holds it. Refit: with `layers`, second moments again where they were not held, a solve a layer, and "
+        "BatchNorm's statistics; with `sequence`, what the parents give, if it is not known, and one run through the "
+        f"merged network. The first network has {built['flops']:.3f} of a parent's FLOPs and "
+        f"{built['parameters']:.3f} of its parameters.",
     ]
 
 
@@ -119,9 +121,18 @@ def adam_table(found: dict[str, list[Run]], sizes: Sizes) -> list[str]:
         numbers = [spread(said(runs, key), 4) for key in keys]
         whole = spread([r.wall_s for r in runs]), spread([r.peak_mb for r in runs], 0)
         lines.append(row(label, spread(said(runs, "seconds"), 2), *numbers, *whole))
+    closed, adam = found["closed"], found["adam"]
+    again = [a.said["seconds"] / c.said["again"] for a, c in zip(adam, closed, strict=True)]
+    slow = [a.said["anew"] / c.said["seconds"] for a, c in zip(adam, closed, strict=True)]
     lines += [
         "",
-        "Left of squares: the mean over layers of squared error over the target's squares.",
+        "Left of squares: the mean over layers of squared error over the target's squares. Least squares' s are "
+        f"statistics of both parents on all pictures, {spread(said(closed, 'statistics'), 2)}, and the solution, "
+        f"{spread(said(closed, 'solve'), 2)}. From the same statistics, without a picture, budget {sizes.another:g} is "
+        f"solved in {spread(said(closed, 'again'), 2)} s: Adam, which would begin anew, takes {spread(again, 1)} times "
+        f"that. Adam's s hold the parents' runs of its steps, {spread(said(adam, 'parents'), 1)} (measured alone); "
+        "where every layer of the parents runs once more for the targets, as in the authors' code, Adam would take "
+        f"{spread(said(adam, 'anew'), 1)} s by a tenth of the steps, {spread(slow, 1)} times statistics and solution.",
     ]
     if "resnet50-adam" in found and "resnet50-layers" in found:
         step = statistics.median(said(found["resnet50-adam"], "step"))

@@ -16,7 +16,8 @@ from torch.nn import functional
 import merganser.align.refit
 from merganser.align.layout import Side, Split, widened
 from merganser.align.moments import Joint, joint_moments
-from merganser.align.refit import Normal, Target, refit, solve
+from merganser.align.normal import Normal, solve
+from merganser.align.refit import Target, refit
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.symmetry import Spec
 
@@ -371,3 +372,14 @@ def test_an_unknown_target_is_refused() -> None:
     it = case("linear")
     with pytest.raises(ParameterError, match="target is 'mean'; it is averaged, separate, mixed"):
         refit(it.spec, it.a, it.b, it.state, {}, {}, target="mean")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_moments_that_are_spent_are_gone_and_gave_the_same(target: Target) -> None:
+    it = case("convolution")
+    moments = it.moments()
+    kept = refit(it.spec, it.a, it.b, it.state, moments, it.splits, target=target)
+    assert moments
+    spent = refit(it.spec, it.a, it.b, it.state, moments, it.splits, target=target, spent=True)
+    assert not moments
+    assert all(torch.equal(x, spent.tensors[name]) for name, x in kept.tensors.items())

@@ -13,6 +13,7 @@ Both networks are in one order of units only if they were brought into it; nothi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
 
@@ -24,6 +25,8 @@ from merganser.align.autocorrelation import Windows, add_by_shifts, pair_count, 
 from merganser.align.costs import Moments
 from merganser.align.layout import Side
 from merganser.align.match import Progress
+from merganser.align.memory import give_back
+from merganser.align.outputs import Outputs
 from merganser.align.streams import Stream, grouped, run_watched, streams_of
 from merganser.align.triangles import add_products, mirrored
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
@@ -176,8 +179,11 @@ def joint_groups(
     memory_bytes: int = 1 << 30,
     seed: int = 0,
     progress: Progress | None = None,
+    noted: tuple[Outputs, Outputs] | None = None,
 ) -> Iterator[dict[str, Joint]]:
     """What `joint_moments` gives, a pass at a time in the order of the run, so that no more than one is in memory.
+
+    The first pass also notes what layers of both networks give, where `noted` says which.
 
     Raises:
         ParameterError: As `joint_moments`; so are the others.
@@ -192,13 +198,15 @@ def joint_groups(
     groups = grouped(streams, memory_bytes)
     done, total = 0, len(groups) * len(batches)
     for group in groups:
+        give_back()
         sums = {stream.names[0]: _Sums(stream) for stream in group}
         for number, batch in enumerate(batches):
             share = None if rows is None else rows * (number + 1) // len(batches) - rows * number // len(batches)
-            _add_batch(one, two, batch, sums, _Draw(seed, number, share))
+            _add_batch(one, two, batch, sums, _Draw(seed, number, share), noted if group is groups[0] else None)
             done += 1
             if progress is not None:
                 progress(done, total)
+        give_back()  # what the runs took, before these sums are worked on
         found: dict[str, Joint] = {}
         for stream in group:
             found |= dict.fromkeys(stream.asked, sums.pop(stream.names[0]).joint())
@@ -261,8 +269,8 @@ class _Sums:
                 return
         most = max(1, CHUNK_BYTES // (8 * size))
         for x, y in zip(_blocks(windows, a, most), _blocks(windows, b, most), strict=True):
-            rows = torch.ones(len(x), size, dtype=torch.float64)
-            rows[:, : self.stream.entries], rows[:, self.stream.entries : -1] = x, y
+            rows = torch.empty(len(x), size, dtype=torch.float64)
+            rows[:, : self.stream.entries], rows[:, self.stream.entries : -1], rows[:, -1] = x, y, 1
             self.gram = torch.zeros(size, size, dtype=torch.float64) if self.gram is None else self.gram
             add_products(self.gram, rows)
             self.count += len(x)
@@ -304,7 +312,14 @@ class _Sums:
             raise NonFiniteError(f"the batches give {name} NaN or infinity", "see that they hold neither")
 
 
-def _add_batch(one: nn.Module, two: nn.Module, batch: Batch, sums: Mapping[str, _Sums], draw: _Draw) -> None:
+def _add_batch(
+    one: nn.Module,
+    two: nn.Module,
+    batch: Batch,
+    sums: Mapping[str, _Sums],
+    draw: _Draw,
+    noted: tuple[Outputs, Outputs] | None,
+) -> None:
     """Run both networks and add what their layers take in."""
     waiting: dict[tuple[str, int], Tensor] = {}
     calls = {name: s.stream.calls for name, s in sums.items()}
@@ -315,8 +330,9 @@ def _add_batch(one: nn.Module, two: nn.Module, batch: Batch, sums: Mapping[str, 
     def second(name: str, x: Tensor, call: int) -> None:
         sums[name].add(waiting.pop((name, call)), sums[name].held(x, call, draw))
 
-    run_watched(one, batch, first, calls, calls)
-    run_watched(two, batch, second, calls, calls)
+    for side, (network, show) in enumerate(((one, first), (two, second))):
+        with nullcontext() if noted is None else noted[side].noting(network, batch):
+            run_watched(network, batch, show, calls, calls, whole=noted is not None)
 
 
 def _blocks(windows: Windows | None, x: Tensor, most: int) -> Iterator[Tensor]:

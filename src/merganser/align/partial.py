@@ -27,12 +27,13 @@ from merganser.align.layers import Layer, Measure, layers_of
 from merganser.align.layout import Split, Splits, head_axis, head_of, widened
 from merganser.align.match import Progress, match
 from merganser.align.moments import Joint, joint_groups
+from merganser.align.outputs import Outputs
 from merganser.align.ran import Ran, cut, examples, layers_run
 from merganser.align.refit import Refitted, Target, check_share, refit
 from merganser.align.renorm import measure_batch_norm, reset_batch_norm
 from merganser.align.sensitivity import kept_apart, unit_values
 from merganser.align.separable import fault, separable
-from merganser.align.sequence import Blend, Sampling, refit_in_sequence
+from merganser.align.sequence import Blend, Sampling, refit_in_sequence, to_note
 from merganser.align.wider import Record, filled, others, plan, rewidened
 from merganser.errors import ParameterError, ShapeError
 from merganser.symmetry import Orders, Symmetries
@@ -149,7 +150,8 @@ class Pair:
             for network in (self.one, self._two):
                 measure(network, batches)
         self.a = _tensors(self.one)
-        self._moments: Mapping[str, Joint] | None = None
+        self._moments: dict[str, Joint] | None = None
+        self._noted: tuple[Outputs, Outputs] | None = None
 
     @cached_property
     def orders(self) -> Orders:
@@ -199,12 +201,13 @@ class Pair:
     @cached_property
     def gains(self) -> dict[str, Tensor]:
         """What is gained by keeping each pair of each group apart, by its number."""
-        spec = self.found.spec
+        spec, how = self.found.spec, self.settings
         total = {group: torch.zeros(spec.groups[group].size, dtype=torch.float64) for group in self.groups}
-        share = self.settings.share
-        a, b = kept_apart(self.a, self.b, self.settings.heads, share)
-        for moments in self._passes():
-            for group, gains in unit_values(spec, a, b, moments, self.groups, share=share).items():
+        a, b = kept_apart(self.a, self.b, how.heads, how.share)
+        if how.way == "sequence":
+            self._noted = to_note(self.one, self._ran, self.batches, how.sampling)
+        for moments in self.moments() if how.way == "layers" else self._passes(self._noted):
+            for group, gains in unit_values(spec, a, b, moments, self.groups, share=how.share).items():
                 total[group] += gains
             del moments  # before the next pass
         return total
@@ -214,7 +217,7 @@ class Pair:
         """Groups of which no pair gains anything apart: alike in both, or in no layer that is measured."""
         return [group for group, gains in self.gains.items() if not bool((gains > 0).any())]
 
-    def moments(self) -> Iterator[Mapping[str, Joint]]:
+    def moments(self) -> Iterator[dict[str, Joint]]:
         """Second moments of what all layers take in, for `way: layers`: a pass over the batches at a time.
 
         Where one pass does, they are kept for the next call.
@@ -308,6 +311,7 @@ class Pair:
                 blends=blends,
                 share=how.share,
                 progress=self.progress,
+                noted=self._noted,
             )
         elif how.way == "layers":
             for moments in self.moments():
@@ -323,6 +327,7 @@ class Pair:
                     free=self._ran.free,
                     apart_heads=how.heads,
                     share=how.share,
+                    spent=moments is not self._moments,
                 )
                 del moments  # before the next pass
                 done |= some
@@ -361,7 +366,7 @@ class Pair:
     def _ran(self) -> Ran:
         return layers_run(self.one, self._example)
 
-    def _passes(self) -> Iterator[Mapping[str, Joint]]:
+    def _passes(self, noted: tuple[Outputs, Outputs] | None = None) -> Iterator[dict[str, Joint]]:
         """Second moments of what layers take in."""
         how = self.settings.sampling
         return joint_groups(
@@ -371,6 +376,7 @@ class Pair:
             memory_bytes=how.memory_bytes,
             seed=how.seed,
             progress=self.progress,
+            noted=noted,
         )
 
     def _check(self) -> None:

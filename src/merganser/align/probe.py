@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from merganser.align.activations import Batch
-from merganser.align.refit import readable
+from merganser.align.normal import readable
 from merganser.align.wider import Record
 from merganser.errors import NonFiniteError, ParameterError
 from merganser.numerics import all_finite

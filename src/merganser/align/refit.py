@@ -19,9 +19,9 @@ arXiv:2212.09849, eq. 1 (RegMean).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from math import inf, prod
+from math import prod
 from typing import Literal
 
 import torch
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from merganser.align.layout import Layout, Places, Side, Splits, head_axis, head_of, layout
 from merganser.align.moments import Joint
+from merganser.align.normal import Normal, solve
 from merganser.align.orientation import inputs_first, matrix_of, weight_of
-from merganser.align.triangles import cholesky, taken
 from merganser.errors import NonFiniteError, ParameterError, ShapeError
 from merganser.numerics import all_finite, product
 from merganser.symmetry import Spec
@@ -39,8 +39,6 @@ Target = Literal["averaged", "separate", "mixed"]
 Tensors = Mapping[str, Tensor]
 #: Entries whose moments are laid out at once: those of a large layer take as much memory as all its moments.
 BLOCK = 512
-#: Share of the largest mean square of an input, or of the targets' squares, below which there is only rounding.
-ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -60,130 +58,6 @@ class Refitted:
     def __or__(self, more: Refitted) -> Refitted:
         """What both did."""
         return Refitted(self.tensors | more.tensors, self.residuals | more.residuals, self.kept | more.kept)
-
-
-@dataclass
-class Normal:
-    """Normal equations of one layer: sums over rows, float64.
-
-    Attributes:
-        gram: of inputs, shape (F, F).
-        cross: of inputs with targets, shape (F, R).
-        inputs: sums of inputs, shape (F,).
-        targets: sums of targets, shape (R,).
-        squares: sum of all squared targets.
-        count: rows.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    inputs: Tensor
-    targets: Tensor
-    squares: float
-    count: int
-
-    @classmethod
-    def empty(cls, entries: int, rows: int) -> Normal:
-        """No rows yet."""
-        gram, cross, inputs, targets = (
-            torch.zeros(shape, dtype=torch.float64)
-            for shape in ((entries, entries), (entries, rows), (entries,), (rows,))
-        )
-        return cls(gram, cross, inputs, targets, squares=0.0, count=0)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows, float64: inputs (n, F) and targets (n, R)."""
-        self.gram += product(x.T, x)
-        self.cross += product(x.T, y)
-        self.inputs += x.sum(0)
-        self.targets += y.sum(0)
-        self.squares += float(y.square().sum())
-        self.count += len(x)
-
-    def centred(self) -> Normal:
-        """About the means, which a bias or a norm that follows takes up; in the memory of these, which are gone."""
-        n = self.count
-        gram = self.gram.addr_(self.inputs, self.inputs, alpha=-1 / n)
-        cross = self.cross - self.inputs[:, None] * self.targets / n
-        squares = self.squares - float(self.targets.square().sum()) / n
-        squares = squares if squares > ROUNDING * self.squares else 0.0
-        return Normal(gram, cross, self.inputs, self.targets, squares, n)
-
-    def residual(self, weight: Tensor) -> float:
-        """Share of the targets' squares that a weight does not meet."""
-        left = (
-            self.squares - 2 * float((weight.T * self.cross).sum()) + float((product(weight, self.gram) * weight).sum())
-        )
-        return max(left, 0.0) / self.squares if self.squares > 0 else 0.0
-
-    def rounding(self) -> float:
-        """What of the sums of products is rounding; means may have been taken off."""
-        squares = self.gram.diagonal() + self.inputs.square() / max(1, self.count)
-        return ROUNDING * float(squares.max()) if len(squares) else 0.0
-
-
-def solve(normal: Normal, prior: Tensor, rows: Tensor, columns: Tensor, ridge: float) -> Tensor:
-    """The weight nearest to the targets.
-
-    Args:
-        normal: equations of a layer.
-        prior: the weight that the ridge pulls to, float64, shape (R, F).
-        rows: whose each output is, as `Side`, shape (R,).
-        columns: whose each input is, shape (F,).
-        ridge: in [0, inf), times the mean of the diagonal. At 0 the least of all solutions, about the prior.
-
-    Returns:
-        Shape (R, F); entries of A's rows for B's columns, and the other way round, are zero.
-
-    Raises:
-        ParameterError: If the ridge is out of range.
-    """
-    if not 0 <= ridge < inf:
-        raise ParameterError(f"ridge is {ridge}; it is at least 0, times the mean square of a layer's inputs")
-    strength = ridge * float(normal.gram.diagonal().mean()) if len(normal.gram) else 0.0
-    noise = normal.rounding()
-    prior = prior * readable(rows, columns)
-    missed = normal.cross - product(normal.gram, prior.T)  # W - W_0 has a ridge at zero
-    order = columns.long().argsort(stable=True)  # merged, A's, B's
-    found = torch.zeros_like(prior)
-    whole: Tensor | None = None
-    factor: Tensor | None = None
-    for side, other in ((Side.BOTH, None), (Side.FIRST, Side.SECOND), (Side.SECOND, Side.FIRST)):
-        wanted = rows == side
-        if not bool(wanted.any()):
-            continue
-        mine = order if other is None else order[columns[order] != other]
-        if side == Side.SECOND:
-            whole = factor = None  # no two factors at once
-            factor = _factor(taken(normal.gram, mine), strength, noise)
-        else:
-            whole = _factor(taken(normal.gram, mine), strength, noise) if whole is None else whole
-            factor = whole[: len(mine), : len(mine)]
-        inside = missed[mine][:, wanted]
-        if bool(torch.isfinite(factor).all()):
-            step = torch.cholesky_solve(inside, factor)
-        else:
-            shifted = normal.gram[mine][:, mine] + strength * torch.eye(len(mine), dtype=torch.float64)
-            step = torch.linalg.pinv(shifted, atol=noise, rtol=0.0, hermitian=True) @ inside
-        block = torch.zeros(int(wanted.sum()), prior.shape[1], dtype=torch.float64)
-        block[:, mine] = prior[wanted][:, mine] + step.T
-        found[wanted] = block
-    return found
-
-
-def readable(rows: Tensor, columns: Tensor) -> Tensor:
-    """1 where a row may read a column, 0 in blocks of zeros."""
-    free: Tensor = (rows[:, None] == Side.BOTH) | (columns == Side.BOTH) | (rows[:, None] == columns)
-    return free.double()
-
-
-def _factor(gram: Tensor, strength: float, noise: float) -> Tensor:
-    """Lower Cholesky factor of gram + strength; NaN where there is none, or where rounding makes it. Changes gram."""
-    gram.diagonal().add_(strength)
-    factor = cholesky(gram)
-    if factor is None or (len(gram) and float(factor.diagonal().min()) ** 2 <= noise):
-        return gram.fill_(torch.nan)
-    return factor
 
 
 @dataclass(frozen=True)
@@ -272,7 +146,7 @@ def refit(
     a: Tensors,
     b: Tensors,
     state: Tensors,
-    moments: Mapping[str, Joint],
+    moments: MutableMapping[str, Joint],
     splits: Splits,
     *,
     ridge: float = 1e-3,
@@ -280,6 +154,7 @@ def refit(
     free: Collection[str] = (),
     apart_heads: Collection[str] = (),
     share: float = 0.5,
+    spent: bool = False,
 ) -> Refitted:
     """Refit layers one by one, each to what it shall give on what its parents take in.
 
@@ -295,6 +170,7 @@ def refit(
         free: layers without a bias whose outputs a norm centres, such as those before BatchNorm.
         apart_heads: layers whose outputs stay apart.
         share: of B where units are merged, with the target "averaged".
+        spent: take each layer's moments out of `moments`, so that their memory is free for its solution.
 
     Raises:
         ParameterError: If the ridge or the target is out of range, or has no shares.
@@ -305,7 +181,8 @@ def refit(
         raise ParameterError(f"target is {target!r}; it is {', '.join(_VIEWS)}")
     check_share(share, target)
     done = Refitted({}, {})
-    for layer, joint in moments.items():
+    for layer in list(moments):
+        joint = moments.pop(layer) if spent else moments[layer]
         name = f"{layer}.weight"
         fit = fit_of(spec, layer, a[name], b[name], splits, apart_heads, share)
         if isinstance(fit, str):
@@ -314,11 +191,13 @@ def refit(
         if not all(all_finite(n[x]) for n in (a, b) for x in (name, f"{layer}.bias") if x in n):
             raise NonFiniteError(f"{layer} has NaN or infinity among its weights", "see what was saved of the networks")
         normal = _normal(layer, joint, fit, (a, b), target)
+        del joint
         bias = f"{layer}.bias" in state
         normal = normal.centred() if bias or layer in free else normal
         prior = matrix_of(state[name], turned=fit.turned)
-        weight = solve(normal, prior, fit.rows.side, fit.entries.side, ridge)
-        done.residuals[layer] = normal.residual(weight)
+        sides = fit.rows.side, fit.entries.side
+        weight = solve(normal, prior, *sides, ridge)
+        done.residuals[layer] = normal.residual(weight, sides)
         done.tensors[name] = weight_of(weight, state[name], turned=fit.turned)
         if bias:
             offset = (normal.targets - weight @ normal.inputs) / normal.count
@@ -373,13 +252,15 @@ def _normal(layer: str, joint: Joint, fit: Fit, networks: tuple[Tensors, Tensors
         row_a, row_b = (torch.where(rows.side == other, 0, rows.index) for other in (Side.SECOND, Side.FIRST))
         made[:, :f], made[:, f:-1] = to_a[:, None] * weights[0][row_a], to_b[:, None] * weights[1][row_b]
         made[:, -1] = to_a * biases[0][row_a] + to_b * biases[1][row_b]
+        ahead = product(joint.gram, made.T)  # of [x_A; x_B; 1] with the targets
         for part in torch.split(torch.arange(len(entries)), BLOCK):
-            read = of_a[part, None] * joint.gram[at_a[part]] + of_b[part, None] * joint.gram[f + at_b[part]]
+            here, there = at_a[part], f + at_b[part]
+            first_share, second_share = of_a[part, None], of_b[part, None]
+            read = first_share * joint.gram[here] + second_share * joint.gram[there]
             normal.gram[part] += of_a * read[:, at_a] + of_b * read[:, f + at_b]  # read: (n, 2f + 1)
-            normal.cross[part] += product(read, made.T)
+            normal.cross[part] += first_share * ahead[here] + second_share * ahead[there]
             normal.inputs[part] += read[:, -1]
-        summed = product(made, joint.gram)
-        normal.targets += summed[:, -1]
-        normal.squares += float((summed * made).sum())
+        normal.targets += ahead[-1]
+        normal.squares += float((ahead * made.T).sum())
         normal.count += joint.count
     return normal

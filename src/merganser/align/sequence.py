@@ -25,9 +25,11 @@ from merganser.align.activations import Batch
 from merganser.align.autocorrelation import Windows
 from merganser.align.layout import Splits
 from merganser.align.match import Progress
+from merganser.align.normal import Normal, solve
 from merganser.align.orientation import entries_of, matrix_of, outputs_of, weight_of
-from merganser.align.ran import cut, examples, joined, layers_run, watching
-from merganser.align.refit import Fit, Normal, Refitted, fit_of, solve
+from merganser.align.outputs import Outputs
+from merganser.align.ran import Ran, cut, examples, joined, layers_run, watching
+from merganser.align.refit import Fit, Refitted, fit_of
 from merganser.align.renorm import measuring
 from merganser.errors import NonFiniteError, ParameterError, ShapeError, and_more
 from merganser.noise import drawn
@@ -50,7 +52,8 @@ class Sampling:
         rows: at most so many a layer, drawn from all places of all inputs; at least 4 times as many as a row has
             entries are taken where there are so many.
         seed: of the drawing.
-        memory_bytes: for what the parents give at these places; they run again when it is used up.
+        memory_bytes: for what the parents give at these places; they run again when it is used up. Where all of it
+            fits, it is noted while gains are measured and kept for every budget.
     """
 
     rows: int = 20_000
@@ -81,6 +84,7 @@ def refit_in_sequence(
     blends: Mapping[str, Blend] | None = None,
     share: float = 0.5,
     progress: Progress | None = None,
+    noted: tuple[Outputs, Outputs] | None = None,
 ) -> Refitted:
     """Refit the layers of a merged network in the order in which they run.
 
@@ -100,6 +104,7 @@ def refit_in_sequence(
         blends: by layer, what it shall give in place of the mean.
         share: of B in the mean, where units are merged.
         progress: called as (layers done, layers).
+        noted: what A's and B's layers gave on these batches, as `to_note` asks; the parents run for what is not there.
 
     Raises:
         ParameterError: If there is no example, or one value of a unit for BatchNorm, batches cannot be joined, a blend
@@ -111,8 +116,8 @@ def refit_in_sequence(
     whole, count = joined(batches)
     seen = layers_run(one, batches[0])
     if len(batches) > 1 and not apart_alike(one, whole, seen.layers):
-        batches = [whole]  # rows of all examples together do not follow each other example by example
-    work = _Work(merged, (one, two), batches, sampling.memory_bytes, ridge, blends or {}, progress)
+        batches, noted = [whole], None  # rows of all examples together do not follow each other example by example
+    work = _Work(merged, (one, two), batches, sampling.memory_bytes, ridge, blends or {}, progress, noted)
     weights = [dict(n.named_parameters()) for n in (one, two)]
     for layer, why in seen.left.items():
         work.done.kept[layer] = why
@@ -141,6 +146,20 @@ def refit_in_sequence(
         {name: "the merged network did not run it" for name in work.fits if name not in work.done.residuals}
     )
     return work.done
+
+
+def to_note(
+    network: nn.Module, ran: Ran, batches: Sequence[Batch], sampling: Sampling
+) -> tuple[Outputs, Outputs] | None:
+    """Where to note what both parents' layers give, for any split; None where that is more than memory holds."""
+    count = sum(map(examples, batches))
+    drawn: dict[str, Tensor] = {}
+    free = sampling.memory_bytes
+    for name in ran.layers:
+        layer = network.get_submodule(name)
+        drawn[name] = sampling.drawn(name, 2 * entries_of(layer), count * ran.places[name])  # those of fewer among them
+        free -= 2 * layer.get_parameter("weight").itemsize * len(drawn[name]) * outputs_of(layer)
+    return (Outputs(drawn, ran.places), Outputs(drawn, ran.places)) if free >= 0 else None
 
 
 def apart_alike(network: nn.Module, batch: Batch, layers: Sequence[str]) -> bool:
@@ -180,6 +199,7 @@ class _Work:
     ridge: float
     blends: Mapping[str, Blend]
     progress: Progress | None
+    noted: tuple[Outputs, Outputs] | None
     fits: dict[str, Fit] = field(default_factory=dict)
     places: Mapping[str, int] = field(default_factory=dict)
     drawn: dict[str, Tensor] = field(default_factory=dict)
@@ -204,8 +224,9 @@ class _Work:
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         normal = normal.centred() if bias is not None or name in self.free else normal
         prior = matrix_of(weight, turned=fit.turned)
-        found = solve(normal, prior, fit.rows.side, fit.entries.side, self.ridge)
-        self.done.residuals[name] = normal.residual(found)
+        sides = fit.rows.side, fit.entries.side
+        found = solve(normal, prior, *sides, self.ridge)
+        self.done.residuals[name] = normal.residual(found, sides)
         weight.copy_(weight_of(found, weight, turned=fit.turned))
         self.done.tensors[f"{name}.weight"] = weight.detach()
         if bias is not None:
@@ -216,6 +237,10 @@ class _Work:
 
     def _targets(self, name: str) -> Tensor:
         """What a layer shall give at its rows; the parents run for this one and as many after it as memory holds."""
+        if self.noted is not None:
+            given = [outputs.at(name, self.drawn[name]) for outputs in self.noted]
+            if given[0] is not None and given[1] is not None:
+                return self.blends.get(name, self.fits[name].blend)(given[0], given[1])
         if name not in self.wanted:
             layers = list(self.fits)
             free = self.memory_bytes
@@ -234,20 +259,12 @@ class _Work:
 
     def _given(self, parent: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:
         """What layers of a parent give at their rows, in its own type."""
-        found: dict[str, list[Tensor]] = {name: [] for name in layers}
-        start = 0
-
-        def ran(name: str, layer: nn.Module, _args: Any, y: Tensor) -> None:
-            count, drawn, first = y.numel() // outputs_of(layer), self.drawn[name], start * self.places[name]
-            here = drawn[torch.searchsorted(drawn, first) : torch.searchsorted(drawn, first + count)]
-            found[name].append(given_rows(layer, y, here - first))
-
-        with ExitStack() as stack, watching(parent):
-            for name in layers:
-                stack.callback(parent.get_submodule(name).register_forward_hook(partial(ran, name)).remove)
+        noted = Outputs({name: self.drawn[name] for name in layers}, self.places)
+        with watching(parent):
             for batch in self.batches:
-                parent(*batch[0], **batch[1])
-                start += examples(batch)
+                with noted.noting(parent, batch):
+                    parent(*batch[0], **batch[1])
+        found = {name: noted.found.get(name, []) for name in layers}
         if lost := [name for name, parts in found.items() if len(parts) != len(self.batches)]:
             raise ParameterError(
                 f"the layers that run differ between batches: {lost[0]}{and_more(lost)} did not run in each of them, "
@@ -267,13 +284,6 @@ def flat_rows(layer: nn.Module, y: Tensor) -> Tensor:
     """What a layer gives, shape (rows, units)."""
     axis = 1 - layer.get_parameter("weight").ndim  # places come behind the units of a convolution
     return y.movedim(axis, -1).reshape(-1, y.shape[axis])
-
-
-def given_rows(layer: nn.Module, y: Tensor, chosen: Tensor) -> Tensor:
-    """Some rows of what a layer gives, a copy: shape (n, units)."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return Windows((1, 1), line=isinstance(layer, nn.Conv1d)).rows(y, chosen)
-    return y.reshape(-1, y.shape[-1])[chosen.to(y.device)]
 
 
 def rows_of(layer: nn.Module, x: Tensor, chosen: Tensor) -> Iterator[Tensor]:

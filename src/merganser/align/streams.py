@@ -56,9 +56,15 @@ class _Enough(BaseException):
 
 
 def run_watched(
-    network: nn.Module, batch: Batch, show: Show, names: Iterable[str], calls: Mapping[str, int] | None = None
+    network: nn.Module,
+    batch: Batch,
+    show: Show,
+    names: Iterable[str],
+    calls: Mapping[str, int] | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
-    """Run a network and show what layers take in; it is left when all ran as often as `calls` says.
+    """Run a network and show what layers take in; it is left when all ran as often as `calls` says, unless `whole`.
 
     Raises:
         ShapeError: If one runs more often before that, or less often.
@@ -71,7 +77,7 @@ def run_watched(
                 raise ShapeError(f"{name} runs more often in a batch than in the first", _SAME_WAY)
             show(name, args[0] if args else kwargs["input"], seen[name])
             seen[name] += 1
-            if calls is not None and dict(seen) == calls:
+            if calls is not None and not whole and dict(seen) == calls:
                 raise _Enough
 
         return hook

@@ -62,3 +62,23 @@ def cholesky(gram: Tensor) -> Tensor | None:
     whole: Any = gram.contiguous().numpy()
     factor, failed = dpotrf(whole.T, lower=1, clean=1, overwrite_a=1)
     return None if failed else torch.from_numpy(factor)
+
+
+def solved(factor: Tensor, right: Tensor) -> Tensor:
+    """What a matrix with a lower Cholesky factor takes to the right sides.
+
+    By LAPACK as scipy has it: on AMD's processors in two thirds of the time that torch's (MKL) takes.
+
+    Args:
+        factor: float64, shape (n, n).
+        right: float64, shape (n, r).
+
+    Returns:
+        Shape (n, r).
+    """
+    from scipy.linalg.lapack import dpotrs
+
+    if not right.numel():
+        return right.clone()
+    found, _ = dpotrs(factor.numpy(), right.numpy(), lower=1)
+    return torch.from_numpy(found)

@@ -325,9 +325,9 @@ RUNS: dict[str, Callable[[Sizes], dict[str, Any]]] = {
 
 def one_run(name: str, sizes: Sizes, threads: int) -> None:
     """What a measured process does."""
+    import_module("merganser")  # before torch and numpy, as the command does: it sets how these wait and allocate
     import torch
 
-    import_module("merganser.align.partial")  # before the first tensor, as a script does: it sets how torch allocates
     torch.set_num_threads(threads)
     warm, _ = timed(warm_up)
     print(json.dumps(RUNS[name](sizes) | {"torch": torch.__version__, "warm": warm}))

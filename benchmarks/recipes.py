@@ -1,14 +1,15 @@
 """`merganser merge` against mergekit 0.1.5's `mergekit-yaml`: the same recipes on the same files, in turn, in one run.
 
-    python benchmarks/recipes.py                          # 0.1 billion parameters, 2 and 8 models, one thread
+    python benchmarks/recipes.py                          # 0.1 billion parameters, 2 and 8 models, one core
     python benchmarks/recipes.py --size 0.5 --threads 2
     python benchmarks/recipes.py --tiny                   # 10,803 tensors of a few numbers: bookkeeping alone
     python benchmarks/recipes.py --methods ties linear --models 8 --rounds 3
 
-Each run is a process of its own; both read files that are in the page cache. "Merge only" is the whole process less
-the same program's merge of one small tensor (start-up, imports, bookkeeping). "Bare" is ours with --no-digests: the
-receipt then has no sha256 of inputs, and mergekit has no receipt. Peak memory is what the process holds
-for itself (anonymous pages), sampled every 20 ms: pages of the files that mergekit maps do not count.
+Each run is a process of its own, on as many cores as it may use threads; both read files that are in the page cache.
+"Merge only" is the whole process less the same program's merge of one small tensor (start-up, imports, bookkeeping).
+"Bare" is ours with --no-digests: the receipt then has no sha256 of inputs, and mergekit has no receipt. Peak memory is
+what the process holds for itself (anonymous pages), sampled every 20 ms: pages of the files that mergekit maps do not
+count.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def measure(command: Sequence[str], threads: int) -> Run:
     with tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | limits | {"HF_HUB_OFFLINE": "1"})
+        os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[:threads])
         peak = 0
         while True:
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -178,7 +180,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="0.1", help="billions of parameters")
     parser.add_argument("--models", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="and cores")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="one merge of 10,803 tiny tensors instead")
     parser.add_argument("--no-peer", action="store_true")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -51,6 +52,15 @@ def test_import_merganser_takes_no_other_package_and_fold_brings_torch() -> None
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [["merganser"], True]
+
+
+@pytest.mark.parametrize("own", [None, "26"])
+def test_import_merganser_has_openblas_wait_asleep_unless_the_user_says_how_it_waits(own: str | None) -> None:
+    code = "import merganser, os; print(os.environ['OPENBLAS_THREAD_TIMEOUT'])"
+    others = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
+    given = others if own is None else others | {"OPENBLAS_THREAD_TIMEOUT": own}
+    found = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == (own or "4")
 
 
 def test_the_version_is_that_of_the_installed_package() -> None:

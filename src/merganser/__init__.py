@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from merganser.errors import MerganserError
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from merganser.checkpoints import open_source
     from merganser.continual import Fold
     from merganser.merging.run import merge
+
+# Read once, when torch takes its first large tensor and when numpy is loaded: large tensors come in huge pages, which
+# take fewer page faults, and OpenBLAS's threads wait asleep, so that torch's have the processors.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 __all__ = ["Fold", "MerganserError", "__version__", "merge", "open_source"]
 

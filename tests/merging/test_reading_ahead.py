@@ -70,10 +70,12 @@ def test_each_call_gives_its_own_rows_whatever_was_asked_for_before(asked: list[
             assert torch.equal(ahead(rows)[0], X if rows is None else X[slice(*rows)])
 
 
+@pytest.mark.parametrize("processors", [1, 4])
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "gram"])
-def test_a_merge_reads_on_two_threads_and_gives_the_same_bits(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_merge_reads_ahead_on_a_spare_processor_and_gives_the_same_bits(
+    method: str, processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("merganser.merging.ahead.default_threads", lambda: processors)
     base = {"model.layers.0.mlp.weight": torch.randn(900, 300), "model.norm.weight": torch.randn(8)}
     folders = [save({n: x + 0.1 * i for n, x in base.items()}, tmp_path / f"m{i}") for i in range(3)]
     plan = recipe(method, folders[1:], None if method == "linear" else folders[0])
@@ -87,7 +89,7 @@ def test_a_merge_reads_on_two_threads_and_gives_the_same_bits(
     monkeypatch.setattr(fill, lambda *a: threads.add(threading.get_ident()) or plain(*a))
     found = load(run(plan_recipes([plan], chunk_elements=1), tmp_path / "out", threads=1))
     assert all(torch.equal(found[name], x) for name, x in expected.items())
-    assert len(threads) == (1 if method == "gram" else 2)  # which takes matrices whole
+    assert len(threads) == (1 if method == "gram" or processors == 1 else 2)  # gram takes matrices whole
 
 
 def test_nan_far_behind_is_named_and_leaves_nothing(tmp_path: Path) -> None:

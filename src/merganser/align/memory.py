@@ -1,4 +1,4 @@
-"""How memory is taken from the system and goes back to it.
+"""How memory goes back to the system.
 
 glibc keeps what was freed in blocks of up to 32 MB, as activations and weights are, and does not use it for larger
 ones, as second moments are: after ResNet-50 is looked at, 1.2 GB that nothing holds.
@@ -7,10 +7,6 @@ ones, as second moments are: after ResNet-50 is looked at, 1.2 GB that nothing h
 from __future__ import annotations
 
 import ctypes
-import os
-
-# Large tensors in huge pages: less time in page faults. torch reads this once, before its first large allocation.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def give_back() -> None:

@@ -130,10 +130,6 @@ def run_jobs(
             raise
 
 
-# Large tensors in huge pages: less time in page faults. torch reads this once, before its first large allocation.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def _allocator() -> Callable[[], object]:
     """Set up glibc's memory, which would keep ever larger blocks, in twice the room that the jobs need.
 

@@ -97,7 +97,31 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "input with batches": (("align", *AB, "out", *MLP, *BY, "--input", "2,6"), "ParameterError: --input has no use"),
     "similarity with batches": (
         ("align", *AB, "out", *MLP, *BY, "--similarity", "frobenius"),
-        "ParameterError: --similarity is for weights alone; with --batches it is pearson",
+        "ParameterError: --similarity is for weights alone; with inputs it is pearson",
+    ),
+    "weights by batches": (
+        ("align", *AB, "out", *MLP, *BY, "--method", "weight"),
+        "ParameterError: --method weight looks at weights alone",
+    ),
+    "activations of nothing": (
+        ("align", *AB, "out", *MLP, "--input", "2,6", "--method", "activation"),
+        "ParameterError: --method activation looks at what units do",
+    ),
+    "balance of activations": (
+        ("align", *AB, "out", *MLP, *BY, "--method", "activation", "--balance", "0.5"),
+        "ParameterError: --balance has no use with --method activation",
+    ),
+    "an order by zipping": (
+        ("align", *AB, "out", *MLP, *BY, "--method", "zip"),
+        "ParameterError: zipping makes a new network, and no order",
+    ),
+    "examples to align by batches": (
+        ("align", *AB, "out", *MLP, *BY, "--examples", "9"),
+        "ParameterError: --examples is for pictures",
+    ),
+    "batches and data": (
+        ("align", *AB, "out", *MLP, *BY, "--data", "."),
+        "ParameterError: --batches and --data both give inputs",
     ),
     "starts of a star": (
         ("meet", *AB, "--out", "out", *MLP, "--input", "2,6", "--method", "star", "--starts", "3"),

@@ -69,6 +69,32 @@ def test_a_folder_of_pictures_is_enough(shop: Path, run: Run) -> None:
     assert "40 examples" in text
 
 
+def test_align_by_method_and_pictures_is_align_by_balance_and_batches(shop: Path, run: Run) -> None:
+    rng = np.random.default_rng(0)
+    np.save("pictures.npy", rng.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8))
+    Path("more.py").write_text(
+        "import numpy, torch\n"
+        "def batches():\n"
+        "    x = torch.from_numpy(numpy.load('pictures.npy')) / 255 / 0.5 - 1\n"
+        "    return [x.movedim(-1, 1).contiguous()]\n"
+    )
+    for seed, name in enumerate("gh"):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+        save_file(network.state_dict(), f"{name}.safetensors")
+    named = ["align", "g.safetensors", "h.safetensors"]
+    of = ["--model", "nets.py:pictures", "--quiet"]
+    pictures, batches = ["--data", "pictures.npy", "--scale", "0.5/0.5"], ["--batches", "more.py:batches"]
+    for method, balance in (("activation", "0"), ("dual", "0.5")):
+        assert run(*named, f"{method}-a", *of, *pictures, "--method", method) == (0, "", "")
+        assert run(*named, f"{method}-b", *of, *batches, "--balance", balance) == (0, "", "")
+        one, two = (Path(f"{method}-{end}/model.safetensors").read_bytes() for end in "ab")
+        assert one == two
+    assert run(*named, "weight", *of, "--input", "2,3,4,4", "--method", "weight")[0] == 0
+    assert run(*named, "plain", *of, "--input", "2,3,4,4")[0] == 0
+    assert Path("weight/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("place", "it", "scale", "message"),
     [

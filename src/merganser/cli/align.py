@@ -24,6 +24,15 @@ class Alike(str, Enum):
     pearson = "pearson"
 
 
+class Method(str, Enum):
+    """What units are compared by."""
+
+    weight = "weight"
+    activation = "activation"
+    dual = "dual"
+    zip = "zip"
+
+
 def align(
     ctx: typer.Context,
     stays: Annotated[str, typer.Argument(metavar="STAYS", help="The checkpoint whose order counts.")],
@@ -43,6 +52,13 @@ def align(
         Path | None, typer.Option(metavar="FILE", help="Symmetries from `merganser symmetry show --json`, instead.")
     ] = None,
     shape: Input = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="weight: weights alone, as Git Re-Basin; activation: what units do, on --batches or --data; dual: "
+            "both, as MuDSC; zip: see merganser zip. Default: dual where there are inputs, else weight."
+        ),
+    ] = None,
     similarity: Annotated[
         Alike, typer.Option(help="frobenius: inner products; pearson: correlations, blind to size.")
     ] = Alike.frobenius,
@@ -50,8 +66,17 @@ def align(
         str | None,
         typer.Option(metavar="FILE:NAME", help="Code that gives batches of inputs: compare what units do, too."),
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Pictures instead: a folder, or .npy and .npz files; repeat it."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="With --data: pictures of all folders together.")] = 1000,
+    scale: Annotated[
+        str | None,
+        typer.Option(metavar="MEAN/DEVIATION", help="With --data: pixels of 0 to 1 become (x - mean) / deviation."),
+    ] = None,
     balance: Annotated[
-        float, typer.Option(help="With --batches: share of the weights, in [0, 1]; 0 looks at activations alone.")
+        float, typer.Option(help="With inputs: share of the weights, in [0, 1]; 0 looks at activations alone.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the order in which groups are taken.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
@@ -60,11 +85,13 @@ def align(
     """Permute the units of MOVES so that its weights are as near as possible to those of STAYS.
 
     Networks that started apart hold the same things in other places; merge them after this. The function of MOVES does
-    not change. Only weights are looked at, and with --batches also what the units do.
+    not change. Only weights are looked at, and with --batches or --data also what the units do.
 
     merganser align models/a models/b aligned-b
     merganser align a.pt b.pt aligned-b --model my_networks.py:resnet20 --input 2,3,32,32
     """
+    from dataclasses import replace
+
     from merganser.align.activations import activation_costs
     from merganser.align.aligning import Reordered
     from merganser.align.aligning import align as find
@@ -72,22 +99,30 @@ def align(
     from merganser.checkpoints.copying import write_source
     from merganser.checkpoints.views import renamed
     from merganser.cli.batches import check_batches
+    from merganser.cli.pictures import picture_batches, scale_of
     from merganser.cli.stored import shown_as, stored_names
     from merganser.cli.subject import batches_of, loaded, running, subject
     from merganser.errors import ParameterError, RefError
     from merganser.symmetry import Spec
 
-    if symmetry is not None and (model is not None or batches is not None):
-        what = "--model" if model is not None else "--batches"
+    inputs_there = batches is not None or bool(data)
+    if batches is not None and data:
+        raise ParameterError("--batches and --data both give inputs", "leave one of both out")
+    if not data:
+        refuse_unused(ctx, ("examples", "scale"), "is for pictures", "leave it out, or give --data DIR")
+    if symmetry is not None and (model is not None or inputs_there):
+        what = "--model" if model is not None else "--batches" if batches is not None else "--data"
         raise ParameterError(f"{what} needs a network to run, and --symmetry brings none", "leave --symmetry out")
     if symmetry is not None:
         refuse_unused(ctx, ("shape",), "is for a network to run, and --symmetry brings none", "leave one of both out")
-    if batches is None:
+    balance = _balance(ctx, method, balance, inputs_there=inputs_there)
+    if not inputs_there:
         refuse_unused(ctx, ("balance",), "weighs weights against what units do", "give --batches FILE:NAME, too")
     else:
+        refuse_unused(ctx, ("similarity",), "is for weights alone; with inputs it is pearson", "leave it out")
+    if batches is not None:
         refuse_unused(ctx, ("shape",), "has no use with --batches, which are of some shape", "leave it out")
-        refuse_unused(ctx, ("similarity",), "is for weights alone; with --batches it is pearson", "leave it out")
-    check_out(out, [stays, moves], model, overwrite=overwrite)
+    check_out(out, [stays, moves, *map(str, data or ())], model, overwrite=overwrite)
     one, two = open_source(stays), open_source(moves)
     names: dict[str, str] = {}  # of the network's tensors in MOVES, where it calls them otherwise
     seen: ActivationCosts | None = None
@@ -100,8 +135,12 @@ def align(
             raise ParameterError(f"{symmetry} is no file of symmetries: {error}") from error
     else:
         inputs = batches_of(batches) if batches is not None else None
-        check_batches(inputs or [])
         it = subject(model or stays, shape_of(shape), inputs[0] if inputs else None)
+        if data:
+            scaled = scale_of(scale) if scale else None
+            inputs = picture_batches(data, it, model or stays, count=examples, scale=scaled)
+            it = replace(it, args=tuple(inputs[0][0]), kwargs=inputs[0][1])
+        check_batches(inputs or [])
         traces = found_in(model or stays, it)
         spec = traces.spec
         names = stored_names(it.network, two)
@@ -126,9 +165,9 @@ def align(
     receipt = {
         "stays": stays,
         "moves": moves,
-        "similarity": "pearson" if batches else similarity.value,
-        "batches": batches,
-        "balance": balance if batches else None,
+        "similarity": "pearson" if inputs_there else similarity.value,
+        "batches": batches or list(map(str, data or ())) or None,
+        "balance": balance if inputs_there else None,
         "seed": seed,
         "sweeps": found.matched.sweeps,
         "settled": found.matched.settled,
@@ -145,3 +184,25 @@ def align(
             f"{counted(found.matched.sweeps, 'sweep')} over {counted(len(spec.groups), 'group')}: {distance}"
         )
         console().print(f"{out}: written")
+
+
+def _balance(ctx: typer.Context, method: Method | None, balance: float, *, inputs_there: bool) -> float:
+    """Share of the weights, by the method that was asked for.
+
+    Raises:
+        ParameterError: If the method does not go with what was given.
+    """
+    from merganser.errors import ParameterError
+
+    if method is Method.zip:
+        raise ParameterError("zipping makes a new network, and no order", "merganser zip STAYS MOVES OUT, likewise")
+    if method is Method.weight and inputs_there:
+        raise ParameterError("--method weight looks at weights alone", "leave --batches and --data out")
+    if method in (Method.activation, Method.dual) and not inputs_there:
+        raise ParameterError(
+            f"--method {method.value} looks at what units do", "give --batches FILE:NAME or --data DIR"
+        )
+    if method is Method.activation:
+        refuse_unused(ctx, ("balance",), "has no use with --method activation", "--method dual weighs weights, too")
+        return 0.0
+    return balance

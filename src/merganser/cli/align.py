@@ -195,7 +195,9 @@ def _balance(ctx: typer.Context, method: Method | None, balance: float, *, input
     from merganser.errors import ParameterError
 
     if method is Method.zip:
-        raise ParameterError("zipping makes a new network, and no order", "merganser zip STAYS MOVES --out OUT --batches FILE:NAME")
+        raise ParameterError(
+            "zipping makes a new network, and no order", "merganser zip STAYS MOVES --out OUT --batches FILE:NAME"
+        )
     if method is Method.weight and inputs_there:
         raise ParameterError("--method weight looks at weights alone", "leave --batches and --data out")
     if method in (Method.activation, Method.dual) and not inputs_there:

@@ -100,3 +100,22 @@ def test_nan_far_behind_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"w of .*m1 holds NaN"):
         run(plan_recipes([recipe("linear", folders)], chunk_elements=1), tmp_path / "out", threads=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m0", "m1"]
+
+
+def test_a_merge_that_failed_may_be_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merganser.merging.ahead.default_threads", lambda: 4)
+    base = {"a": torch.randn(900, 300), "b": torch.randn(900, 300)}
+    folders = [save({n: x + 0.1 * i for n, x in base.items()}, tmp_path / f"m{i}") for i in range(2)]
+    merge = plan_recipes([recipe("linear", folders)], chunk_elements=1)
+
+    def stopped(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    read = merge.read_lines
+    monkeypatch.setattr(merge, "read_lines", lambda name, part: (read(name, part), stopped(0, 0)))
+    with pytest.raises(KeyboardInterrupt):
+        run(merge, tmp_path / "out", threads=1)
+    monkeypatch.undo()
+    monkeypatch.setattr("merganser.merging.ahead.default_threads", lambda: 4)
+    found = load(run(merge, tmp_path / "out", threads=1))
+    assert found.keys() == base.keys()

@@ -53,15 +53,15 @@ class Ahead:
 
 
 class Readers:
-    """Who reads what tensors are made of: whoever asks, or another thread ahead of him while `pool` is there."""
+    """Who reads what tensors are made of: whoever asks, or, where there is a pool, one of its threads ahead of him."""
 
-    def __init__(self) -> None:
-        self.pool: Executor | None = None
+    def __init__(self, pool: Executor | None = None) -> None:
+        self._pool = pool
         self._known: dict[tuple[Piece, ...], Ahead] = {}
 
     def of(self, pieces: tuple[Piece, ...], read: Read, stop: int) -> Read:
         """The reader of some pieces of one tensor; arguments as of `Ahead`."""
-        return read if self.pool is None else self._known.setdefault(pieces, Ahead(self.pool, read, stop))
+        return read if self._pool is None else self._known.setdefault(pieces, Ahead(self._pool, read, stop))
 
     def forget(self, pieces: tuple[Piece, ...]) -> None:
         """Drop the readers of these pieces, together or one at a time."""
@@ -84,9 +84,9 @@ def reading_ahead(stages: Sequence[Merged], threads: int) -> Iterator[None]:
         return
     with ThreadPoolExecutor(min(threads, spare), initializer=one_thread) as pool:
         for stage in stages:
-            stage.readers.pool = pool
+            stage.readers = Readers(pool)
         try:
             yield
         finally:
             for stage in stages:
-                stage.readers.pool = None
+                stage.readers = Readers()

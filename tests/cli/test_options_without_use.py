@@ -111,9 +111,14 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("align", *AB, "out", *MLP, *BY, "--method", "activation", "--balance", "0.5"),
         "ParameterError: --balance has no use with --method activation",
     ),
-    "an order by zipping": (
-        ("align", *AB, "out", *MLP, *BY, "--method", "zip"),
-        "ParameterError: zipping makes a new network, and no order",
+    "zipping by nothing": (
+        ("align", *AB, "out", *MLP, "--input", "2,6", "--method", "zip"),
+        "ParameterError: --method zip looks at what units do",
+    ),
+    "inputs to zip": (("zip", *AB, "--out", "out", *MLP), "ParameterError: there are no inputs to run the networks on"),
+    "input to zip with batches": (
+        ("zip", *AB, "--out", "out", *MLP, *BY, "--input", "2,6"),
+        "ParameterError: --input has no use",
     ),
     "examples to align by batches": (
         ("align", *AB, "out", *MLP, *BY, "--examples", "9"),

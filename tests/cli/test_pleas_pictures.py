@@ -90,6 +90,12 @@ def test_align_by_method_and_pictures_is_align_by_balance_and_batches(shop: Path
         assert run(*named, f"{method}-b", *of, *batches, "--balance", balance) == (0, "", "")
         one, two = (Path(f"{method}-{end}/model.safetensors").read_bytes() for end in "ab")
         assert one == two
+    zips = ["zip", *named[1:], *of, *batches]
+    for more in ([], ["--balance", "0.4"]):
+        assert run(*named, "zipped-a", *of, *pictures, "--method", "zip", "--overwrite", *more) == (0, "", "")
+        assert run(*zips, "--out", "zipped-b", "--overwrite", *more) == (0, "", "")
+        one, two = (Path(f"zipped-{end}/model.safetensors").read_bytes() for end in "ab")
+        assert one == two
     assert run(*named, "weight", *of, "--input", "2,3,4,4", "--method", "weight")[0] == 0
     assert run(*named, "plain", *of, "--input", "2,3,4,4")[0] == 0
     assert Path("weight/model.safetensors").read_bytes() == Path("plain/model.safetensors").read_bytes()

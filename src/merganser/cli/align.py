@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merganser.cli.given import refuse_unused
+from merganser.cli.given import refuse_unused, was_given
+from merganser.cli.inputs import Data, Examples, PixelScale, refuse_two, with_inputs
 from merganser.cli.network import check_out
 from merganser.cli.show import console, counted, progress_bar
 from merganser.cli.symmetry import Input, found_in, shape_of
@@ -56,7 +57,7 @@ def align(
         Method | None,
         typer.Option(
             help="weight: weights alone, as Git Re-Basin; activation: what units do, on --batches or --data; dual: "
-            "both, as MuDSC; zip: see merganser zip. Default: dual where there are inputs, else weight."
+            "both, as MuDSC; zip: what merganser zip does. Default: dual where there are inputs, else weight."
         ),
     ] = None,
     similarity: Annotated[
@@ -66,15 +67,9 @@ def align(
         str | None,
         typer.Option(metavar="FILE:NAME", help="Code that gives batches of inputs: compare what units do, too."),
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Pictures instead: a folder, or .npy and .npz files; repeat it."),
-    ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="With --data: pictures of all folders together.")] = 1000,
-    scale: Annotated[
-        str | None,
-        typer.Option(metavar="MEAN/DEVIATION", help="With --data: pixels of 0 to 1 become (x - mean) / deviation."),
-    ] = None,
+    data: Data = None,
+    examples: Examples = 1000,
+    scale: PixelScale = None,
     balance: Annotated[
         float, typer.Option(help="With inputs: share of the weights, in [0, 1]; 0 looks at activations alone.")
     ] = 0.5,
@@ -90,8 +85,6 @@ def align(
     merganser align models/a models/b aligned-b
     merganser align a.pt b.pt aligned-b --model my_networks.py:resnet20 --input 2,3,32,32
     """
-    from dataclasses import replace
-
     from merganser.align.activations import activation_costs
     from merganser.align.aligning import Reordered
     from merganser.align.aligning import align as find
@@ -99,17 +92,14 @@ def align(
     from merganser.checkpoints.copying import write_source
     from merganser.checkpoints.views import renamed
     from merganser.cli.batches import check_batches
-    from merganser.cli.pictures import picture_batches, scale_of
     from merganser.cli.stored import shown_as, stored_names
-    from merganser.cli.subject import batches_of, loaded, running, subject
+    from merganser.cli.subject import loaded, running
+    from merganser.cli.zip import zip_
     from merganser.errors import ParameterError, RefError
     from merganser.symmetry import Spec
 
     inputs_there = batches is not None or bool(data)
-    if batches is not None and data:
-        raise ParameterError("--batches and --data both give inputs", "leave one of both out")
-    if not data:
-        refuse_unused(ctx, ("examples", "scale"), "is for pictures", "leave it out, or give --data DIR")
+    refuse_two(ctx, batches, data)
     if symmetry is not None and (model is not None or inputs_there):
         what = "--model" if model is not None else "--batches" if batches is not None else "--data"
         raise ParameterError(f"{what} needs a network to run, and --symmetry brings none", "leave --symmetry out")
@@ -122,6 +112,23 @@ def align(
         refuse_unused(ctx, ("similarity",), "is for weights alone; with inputs it is pearson", "leave it out")
     if batches is not None:
         refuse_unused(ctx, ("shape",), "has no use with --batches, which are of some shape", "leave it out")
+    if method is Method.zip:
+        zip_(
+            ctx,
+            [stays, moves],
+            out,
+            model or stays,
+            batches,
+            data,
+            examples,
+            scale,
+            shape,
+            balance=balance,
+            seed=seed,
+            overwrite=overwrite,
+            quiet=quiet,
+        )
+        return
     check_out(out, [stays, moves, *map(str, data or ())], model, overwrite=overwrite)
     one, two = open_source(stays), open_source(moves)
     names: dict[str, str] = {}  # of the network's tensors in MOVES, where it calls them otherwise
@@ -134,12 +141,7 @@ def align(
         except UnicodeDecodeError as error:
             raise ParameterError(f"{symmetry} is no file of symmetries: {error}") from error
     else:
-        inputs = batches_of(batches) if batches is not None else None
-        it = subject(model or stays, shape_of(shape), inputs[0] if inputs else None)
-        if data:
-            scaled = scale_of(scale) if scale else None
-            inputs = picture_batches(data, it, model or stays, count=examples, scale=scaled)
-            it = replace(it, args=tuple(inputs[0][0]), kwargs=inputs[0][1])
+        it, inputs = with_inputs(model or stays, shape_of(shape), batches, data, examples, scale)
         check_batches(inputs or [])
         traces = found_in(model or stays, it)
         spec = traces.spec
@@ -194,16 +196,14 @@ def _balance(ctx: typer.Context, method: Method | None, balance: float, *, input
     """
     from merganser.errors import ParameterError
 
-    if method is Method.zip:
-        raise ParameterError(
-            "zipping makes a new network, and no order", "merganser zip STAYS MOVES --out OUT --batches FILE:NAME"
-        )
     if method is Method.weight and inputs_there:
         raise ParameterError("--method weight looks at weights alone", "leave --batches and --data out")
-    if method in (Method.activation, Method.dual) and not inputs_there:
+    if method in (Method.activation, Method.dual, Method.zip) and not inputs_there:
         raise ParameterError(
             f"--method {method.value} looks at what units do", "give --batches FILE:NAME or --data DIR"
         )
+    if method is Method.zip:
+        return balance if was_given(ctx, "balance") else 0.0
     if method is Method.activation:
         refuse_unused(ctx, ("balance",), "has no use with --method activation", "--method dual weighs weights, too")
         return 0.0

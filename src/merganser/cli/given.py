@@ -20,6 +20,11 @@ def refuse_unused(ctx: typer.Context, names: tuple[str, ...], why: str, hint: st
     from merganser.errors import ParameterError
 
     for parameter in ctx.command.params:
-        source = ctx.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+        if parameter.name in names and was_given(ctx, parameter.name):
             raise ParameterError(f"{parameter.opts[0]} {why}", hint)
+
+
+def was_given(ctx: typer.Context, name: str) -> bool:
+    """Whether a person gave an option, rather than its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

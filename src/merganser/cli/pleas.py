@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from merganser.cli.given import refuse_unused
+from merganser.cli.inputs import Data, Examples, PixelScale, with_inputs
 from merganser.cli.network import check_out
 from merganser.cli.partial import BUDGETS
 from merganser.cli.show import console, progress_bar
@@ -63,21 +64,15 @@ def pleas(
             metavar="FILE:NAME", help="Code that gives batches of inputs of both tasks; labels are not needed."
         ),
     ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Pictures instead: a folder, or .npy and .npz files; repeat it."),
-    ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="With --data: pictures of all folders together.")] = 1000,
+    data: Data = None,
+    examples: Examples = 1000,
     noise: Annotated[
         int | None,
         typer.Option(
             min=2, metavar="N", help="Without data: so many inputs of noise, as near to the data as BatchNorm knows it."
         ),
     ] = None,
-    scale: Annotated[
-        str | None,
-        typer.Option(metavar="MEAN/DEVIATION", help="With --data: pixels of 0 to 1 become (x - mean) / deviation."),
-    ] = None,
+    scale: PixelScale = None,
     shape: Input = None,
     budget: Annotated[float, typer.Option(help="Size of the network in sizes of one of both, in [1, 2].")] = 1.2,
     measure: Annotated[Counts, typer.Option(help="What the budget counts.")] = Counts.flops,
@@ -162,9 +157,8 @@ def pleas(
         least,
     )
     from merganser.cli.partial import write as write_all
-    from merganser.cli.pictures import picture_batches, scale_of
     from merganser.cli.probes import Probes
-    from merganser.cli.subject import batches_of, running, subject
+    from merganser.cli.subject import running
     from merganser.cli.surrogates import Surrogates, surrogates_of
     from merganser.cli.symmetry import found_in, shape_of
     from merganser.errors import ParameterError
@@ -215,10 +209,7 @@ def pleas(
         return row(pair, made, size, kind, given, judged=finished(made).network if given else None)
 
     with running(named), progress_bar("measuring and fitting", quiet=quiet or preview, unit="steps") as progress:
-        inputs = batches_of(batches) if batches is not None else None
-        it = subject(named, shape_of(shape), inputs[0] if inputs else None)
-        if data:
-            inputs = picture_batches(data or (), it, named, count=examples, scale=scale_of(scale) if scale else None)
+        it, inputs = with_inputs(named, shape_of(shape), batches, data, examples, scale)
         check_batches(inputs or [])
         networks = both(it, named, second, sources, inputs[0] if inputs else (it.args, it.kwargs), settings.heads)
         if noise is not None:

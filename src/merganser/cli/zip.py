@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from merganser.cli.given import refuse_unused
+from merganser.cli.inputs import Data, Examples, PixelScale, refuse_two, with_inputs
 from merganser.cli.network import check_out, write_network
 from merganser.cli.show import console, counted
+from merganser.cli.symmetry import Input, found_in, shape_of
 
 
 def zip_(
+    ctx: typer.Context,
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more, of one architecture and size.")
     ],
@@ -24,11 +28,15 @@ def zip_(
         ),
     ],
     batches: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FILE:NAME", help="Code that gives batches of inputs of all tasks; labels are not needed."
         ),
-    ],
+    ] = None,
+    data: Data = None,
+    examples: Examples = 1000,
+    scale: PixelScale = None,
+    shape: Input = None,
     repeat: Annotated[
         float,
         typer.Option(help="Discount of units that were joined before, in (0, 1]; 1 joins whatever is most alike."),
@@ -56,14 +64,19 @@ def zip_(
     from merganser.align.zipping import zip_networks
     from merganser.checkpoints import open_source
     from merganser.cli.batches import check_batches
-    from merganser.cli.subject import batches_of, loaded, running, subject
-    from merganser.cli.symmetry import found_in
+    from merganser.cli.subject import loaded, running
+    from merganser.errors import ParameterError
 
-    check_out(out, checkpoints, model, overwrite=overwrite)
+    refuse_two(ctx, batches, data)
+    if batches is None and not data:
+        raise ParameterError("there are no inputs to run the networks on", "--batches FILE:NAME, or --data DIR")
+    if batches is not None:
+        refuse_unused(ctx, ("shape",), "has no use with --batches, which are of some shape", "leave it out")
+    check_out(out, [*checkpoints, *map(str, data or ())], model, overwrite=overwrite)
     sources = [open_source(ref) for ref in checkpoints]
-    inputs = batches_of(batches)
+    it, inputs = with_inputs(model, shape_of(shape), batches, data, examples, scale)
+    assert inputs is not None
     check_batches(inputs)
-    it = subject(model, None, inputs[0])
     networks = [loaded(it.network, source) for source in sources]
     found = found_in(model, it)
     with running(model):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 #: Most bytes of one tensor, of all its models, that are kept; a larger one is read again.
 HELD_BYTES = 1 << 25
+#: Most bytes of its scores that are kept, over those: they take longer to find again.
+SCORES_OVER_STORED = 4
 
 Rows = tuple[int, int] | None
 
@@ -17,10 +19,12 @@ class Held:
 
     Args:
         nbytes: of the tensor in all models.
+        score_bytes: of scores that serve all models.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, score_bytes: int) -> None:
         self.fits = nbytes <= HELD_BYTES
+        self._scores_fit = score_bytes <= SCORES_OVER_STORED * HELD_BYTES
         self._stored: dict[Rows, Sequence[Tensor]] = {}
         self._scores: dict[Rows, Sequence[Tensor]] = {}
 
@@ -41,6 +45,6 @@ class Held:
         found = self._scores.get(rows)
         if found is None:
             found = score()
-            if again and self.fits:
+            if again and self._scores_fit:
                 self._scores[rows] = found
         return found

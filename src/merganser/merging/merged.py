@@ -22,7 +22,7 @@ from merganser.continual.roles import is_matrix
 from merganser.errors import NonFiniteError
 from merganser.merging.ahead import Readers
 from merganser.merging.folding import factor_of, folded, has_factor
-from merganser.merging.held import HELD_BYTES, Held, Rows
+from merganser.merging.held import HELD_BYTES, SCORES_OVER_STORED, Held, Rows
 from merganser.merging.lines import in_lines, is_long, read_part, reads_lines
 from merganser.merging.parts import (
     Measured,
@@ -44,7 +44,7 @@ from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
 from merganser.merging.survey import cell_rows, chunk_rows, inner_products, norm_ratios, spread_rows, sums
 from merganser.merging.vocabulary_rows import unwrapped
 from merganser.methods.joint import Joint, Locality, kept, names_of
-from merganser.numerics import all_finite, narrowed
+from merganser.numerics import all_finite, narrowed, sum_of_squares
 from merganser.types import TensorInfo
 
 #: Elements of a tensor that are handled at a time where the method allows it: they stay in the processor's cache.
@@ -189,13 +189,15 @@ class Merged:
         asked, elements = self._asked(tensor, names_of(self._rule(tensor)[0])), prod(tensor.info.shape)
         stored = sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in tensor.pieces)
         scores, bits = 4 * elements if row.shared else 0, elements * len(tensor.models) // 8
-        held = stored + scores if asked and stored <= HELD_BYTES else 0
+        held = stored if asked and stored <= HELD_BYTES else 0
+        held += scores if asked and scores <= SCORES_OVER_STORED * HELD_BYTES else 0
         return held + (bits if "stretch" in asked and bits <= HELD_BYTES else 0)
 
     def _held_of(self, tensor: TensorPlan) -> Held:
         pieces = tensor.pieces
         if pieces not in self._held:
-            self._held[pieces] = Held(sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in pieces))
+            nbytes = sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in pieces)
+            self._held[pieces] = Held(nbytes, 4 * prod(tensor.info.shape))
         return self._held[pieces]
 
     def stack(
@@ -316,7 +318,7 @@ class Merged:
             measured.ranks = self._ranks(tensor, parts, row, changes)
         if "energy" in asked:
             squares = (thinned for _, thinned in self._kept_parts(name, tensor, parts, row, measured))
-            measured.brought["energy"] = sums(squares, cell, lambda x: x.double().square())
+            measured.brought["energy"] = sums(squares, cell, sum_of_squares)
         if "stretch" in asked:
             measured.brought["stretch"] = norm_ratios(self._kept_parts(name, tensor, parts, row, measured), cell)
         return measured

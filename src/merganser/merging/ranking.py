@@ -46,25 +46,26 @@ class Ranked:
 
     def mask(self, scores: Tensor) -> Tensor:
         """1 where the next entries are kept, else 0, in the type of the scores: comparisons are fastest that way."""
-        count = int(np.count_nonzero(_array(scores) == self.lower)) if self.room else 0
-        same = self.upper == self.lower  # both edges lie among the same equals
-        skip = min(self.skip, count) if same else 0
-        fit = 0 < count <= self.room and not skip  # all the equals are kept
-        kept = torch.empty_like(scores)
-        if same:
-            torch.eq(scores, self.lower, out=kept) if fit else kept.zero_()
-            self.skip -= skip
-        else:
-            (torch.ge if fit else torch.gt)(scores, self.lower, out=kept)
-        if count and not fit:
-            at = (scores == self.lower).reshape(-1).nonzero().squeeze(1)
-            kept.view(-1)[at[skip : skip + self.room]] = 1
-        self.room = max(0, self.room - (count - skip))
-        if self.lower < self.upper < float("inf"):
-            kept *= torch.lt(scores, self.upper, out=torch.empty_like(scores))
-            at = (scores == self.upper).reshape(-1).nonzero().squeeze(1)
-            kept.view(-1)[at[self.skip :]] = 1
-            self.skip = max(0, self.skip - at.numel())
+        array = _array(scores)
+        if self.upper == self.lower:  # both edges lie among the same equals
+            kept = torch.zeros_like(scores)
+            at = np.flatnonzero(array == self.lower)
+            kept.view(-1)[at[self.skip : self.skip + self.room]] = 1
+            skipped = min(self.skip, len(at))
+            self.skip, self.room = self.skip - skipped, max(0, self.room - (len(at) - skipped))
+            return kept
+        kept, equals = torch.empty_like(scores), _count(array, self.lower) if self.room else 0
+        (torch.gt if equals > self.room or not self.room else torch.ge)(scores, self.lower, out=kept)
+        if equals > self.room:
+            kept.view(-1)[np.flatnonzero(array == self.lower)[: self.room]] = 1
+        self.room = max(0, self.room - equals)
+        if self.upper < inf:
+            equals = _count(array, self.upper) if self.skip else 0
+            compare = torch.le if equals > self.skip or not self.skip else torch.lt
+            kept *= compare(scores, self.upper, out=torch.empty_like(scores))
+            if equals > self.skip:
+                kept.view(-1)[np.flatnonzero(array == self.upper)[: self.skip]] = 0
+            self.skip = max(0, self.skip - equals)
         return kept
 
 
@@ -168,6 +169,10 @@ class _Bracket:
         ordered = np.sort(np.concatenate(self.parts))  # np.partition takes longer where many are equal
         score = ordered[len(ordered) - 1 - (self.rank - self.above)]
         return float(score), self.above + len(ordered) - int(np.searchsorted(ordered, score, side="right"))
+
+
+def _count(array: Any, value: float) -> int:
+    return int(np.count_nonzero(array == value))
 
 
 def _array(x: Tensor) -> Any:

@@ -12,6 +12,8 @@ from math import fsum, prod
 import torch
 from torch import Tensor
 
+from merganser.numerics import gram_of_rows
+
 #: Elements of one cell of the grid, about.
 CELL_ELEMENTS = 1 << 16
 
@@ -91,19 +93,20 @@ def inner_products(chunks: Iterable[Stack], rows_of_a_cell: int) -> Tensor:
                 block = buffer[:, : min(wide, parts[0].numel() - low)]
                 for row, part in zip(block, parts, strict=True):
                     row.copy_(part[low : low + wide])
-                found.append((block @ block.T).reshape(-1).tolist())
-    dots = torch.tensor([fsum(column) for column in zip(*found, strict=True)], dtype=torch.float64)
-    dots = dots.reshape(models, models) if found else torch.zeros(models, models, dtype=torch.float64)
-    return dots.triu() + dots.triu(1).T
+                found.append(gram_of_rows(block).reshape(-1).tolist())
+    if not found:
+        return torch.zeros(models, models, dtype=torch.float64)
+    dots = [fsum(column) for column in zip(*found, strict=True)]
+    return torch.tensor(dots, dtype=torch.float64).reshape(models, models)
 
 
-def sums(chunks: Iterable[Iterable[Tensor]], rows_of_a_cell: int, each: Callable[[Tensor], Tensor]) -> list[float]:
+def sums(chunks: Iterable[Iterable[Tensor]], rows_of_a_cell: int, each: Callable[[Tensor], float]) -> list[float]:
     """Sum over the entries of each of K tensors, from the chunks of their stack in order.
 
     Args:
         chunks: K tensors each, of the same rows; one is done with before the next is asked for.
         rows_of_a_cell: of the grid.
-        each: what is summed up: entries -> their contributions.
+        each: what is summed up: some entries -> what they add, in float64.
     """
     found: list[list[float]] = []
     for stack in chunks:
@@ -112,7 +115,7 @@ def sums(chunks: Iterable[Iterable[Tensor]], rows_of_a_cell: int, each: Callable
                 found.append([])
             rows = x.shape[0] if x.dim() else 1
             for start in range(0, rows, rows_of_a_cell):
-                found[k].append(float(each(_part(x, start, start + rows_of_a_cell)).sum(dtype=torch.float64)))
+                found[k].append(each(_part(x, start, start + rows_of_a_cell)))
     return [fsum(terms) for terms in found]
 
 
@@ -126,9 +129,13 @@ def norm_ratios(parts: Iterable[tuple[Stack, Iterable[Tensor]]], rows_of_a_cell:
     Returns:
         float64, shape (K,).
     """
-    both = sums((chain(d, kept) for d, kept in parts), rows_of_a_cell, torch.abs)
+    both = sums((chain(d, kept) for d, kept in parts), rows_of_a_cell, _size)
     whole, left = both[: len(both) // 2], both[len(both) // 2 :]
     return torch.tensor([a / b if b else 1.0 for a, b in zip(whole, left, strict=True)], dtype=torch.float64)
+
+
+def _size(x: Tensor) -> float:
+    return float(x.abs().sum(dtype=torch.float64))
 
 
 def _part(x: Tensor, start: int, stop: int) -> Tensor:

@@ -34,7 +34,7 @@ def elected(
     """Sum or mean of the weighted changes whose sign is the elected one, times `scale`.
 
     Args:
-        changes: one tensor a model, each an own buffer of the caller, which is overwritten.
+        changes: one tensor a model; one is done with before the next is asked for.
         weights: one factor a model.
         factors: what else a model's change is multiplied by, without counting as its weight.
         normalize: whether to divide by the sum of |weight| over those who agree.
@@ -57,20 +57,20 @@ def elected(
     for y, w, factor in zip(changes, weights, factors or [1.0] * len(weights), strict=True):
         if vote is None:
             # One block: of several smaller ones the allocator gives the pages back, and gets them again on each call.
-            vote, up, down, up_share, down_share, part = y.new_zeros(6, *y.shape)
+            vote, part, *sides = y.new_zeros(6, *y.shape)
         if not weighted_vote:
             vote.add_(y)
-        if w * factor != 1:
-            y.mul_(w * factor)
-        if weighted_vote:
-            vote.add_(y)
-        up.add_(torch.clamp(y, min=0, out=part))
-        down.add_(torch.clamp(y, max=0, out=part))
+        up, down, up_share, down_share = sides if w * factor >= 0 else (sides[1], sides[0], sides[3], sides[2])
+        up.add_(torch.clamp(y, min=0, out=part), alpha=w * factor)
+        down.add_(torch.clamp(y, max=0, out=part), alpha=w * factor)
         if normalize:
             up_share.add_(torch.gt(y, 0, out=part), alpha=abs(w))
             down_share.add_(torch.lt(y, 0, out=part), alpha=abs(w))
     if vote is None:
         raise ParameterError("there is no model to merge")
+    up, down, up_share, down_share = sides
+    if weighted_vote:
+        torch.add(up, down, out=vote)
     # Masks of 0.0 and 1.0: multiplying by them is exact, and many times faster than a choice by torch.where.
     torch.lt(vote, 0, out=part)
     (torch.ge if cancelled == "plus" else torch.gt)(vote, 0, out=vote)

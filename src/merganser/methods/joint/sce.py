@@ -43,7 +43,8 @@ def sce_score(d: Float[Tensor, " K *S"] | Sequence[Float[Tensor, "*S"]]) -> Floa
     mean.div_(len(d))
     score, part = torch.zeros_like(mean), torch.empty_like(mean)
     for d_k in d:
-        score.add_(torch.sub(d_k, mean, out=part).square_())
+        torch.sub(d_k, mean, out=part)
+        score.addcmul_(part, part)
     return score.div_(len(d)).unsqueeze(0)
 
 

@@ -102,7 +102,7 @@ def test_peak_does_not_grow_with_the_number_of_experts_in_one_pass(tmp_path: Pat
     models = save_models(tmp_path / "models", {"layer.weight": (1024, 1024)}, count=8)
     peaks: dict[int, int] = {}
     predicted: dict[int, int] = {}
-    for attempt in range(3):  # what the allocator keeps is chance; growth would be there every time
+    for attempt in range(8):  # what the allocator keeps is chance, 2 to 7 MB in opcm; growth would be there every time
         for n in (3, 7):  # of the first expert little is done: nothing is merged yet
             found = measure(models[: n + 1], tmp_path / f"work-{n}-{attempt}", recipe, together=True)
             peaks[n] = min(found["folding"], peaks.get(n, found["folding"]))

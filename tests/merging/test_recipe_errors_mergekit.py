@@ -112,9 +112,8 @@ MERGEKIT = [
     ),
     (
         "name: one\nmerge_method: passthrough\nmodels: [{model: a}]\n---\n"
-        "merge_method: passthrough\nmodels: [{model: one+b}]",
-        "line 5: 'one+b': one is a recipe of this file, and an adapter is applied to what is on disk; merge it first, "
-        "and name the folder",
+        "merge_method: passthrough\nmodels: [{model: a+one}]",
+        "line 5: 'a+one': one is a recipe of this file, and no adapter",
     ),
     (
         "merge_method: passthrough\nmodels: [{model: a}]\ndtype: int64",

@@ -24,7 +24,7 @@ from merganser.checkpoints.views import anonymous
 from merganser.errors import RefError
 from merganser.types import Source
 
-__all__ = ["local_path", "open_source"]
+__all__ = ["local_path", "open_adapter", "open_source"]
 
 _HUB_ID = re.compile(r"(?:hf:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -55,7 +55,7 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
     if "+" in ref:
         base_ref, _, adapter_ref = ref.rpartition("+")
         # The base is the reference's own, so its bytes belong to what is read: no identity stands for them.
-        return anonymous(open_source(adapter_ref, base=open_source(base_ref)))
+        return anonymous(open_adapter(adapter_ref, open_source(base_ref)))
     hub_id = _HUB_ID.fullmatch(ref)
     if ref.startswith("hf:") or (hub_id and not path.parent.exists()):
         if hub_id is None:
@@ -66,6 +66,25 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
 
         return _open_local_folder(snapshot(hub_id["repo"], hub_id["revision"]), ref, base)
     raise RefError(f"{ref} does not exist", _nearest(path))
+
+
+def open_adapter(ref: str, base: Source) -> Source:
+    """Open an adapter on a base that is open.
+
+    Args:
+        ref: of the adapter.
+        base: what it is applied to.
+
+    Raises:
+        RefError: If nothing is there, or no adapter.
+        MerganserError: As `open_source`.
+    """
+    from merganser.checkpoints.adapter import AdapterSource
+
+    found = open_source(ref, base=base)
+    if not isinstance(found, AdapterSource):
+        raise RefError(f"{ref} is no adapter, and only an adapter can be applied to {base.ref}")
+    return found
 
 
 def local_path(ref: str) -> Path:

@@ -31,13 +31,16 @@ class AdapterSource:
         base: what the adapter was trained on.
         ref: the reference as the user wrote it.
 
+    Attributes:
+        base: see there.
+
     Raises:
         CheckpointError: If the folder does not hold a sound adapter.
         AdapterError: If the adapter cannot be applied to this base faithfully.
     """
 
     def __init__(self, folder: Path, base: Source, ref: str) -> None:
-        self.ref, self._base = ref, base
+        self.ref, self.base = ref, base
         self._config = read_config(folder / CONFIG_NAME)
         self._own = _open_own(folder, ref)
         self.infos: Mapping[str, TensorInfo] = base.infos
@@ -50,7 +53,7 @@ class AdapterSource:
     @cached_property
     def identity(self) -> str:
         """SHA-256 over the adapter and its settings; what it is applied to is the caller's to know."""
-        return _identity(self._own, self._config, self._base)
+        return _identity(self._own, self._config, self.base)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Read one tensor, or rows [start, stop) of it, with the adapter applied; a slice has the bits of the whole.
@@ -61,7 +64,7 @@ class AdapterSource:
         name = self.aliases.get(name, name)
         edit, info = self._edits.get(name), self.infos[name]
         if edit is None:
-            return self._base.read(name, rows)
+            return self.base.read(name, rows)
         dtype = TORCH_DTYPES[info.dtype]
         if edit.low_rank is None and edit.added is None:
             return self._stand_in(name, edit, rows).to(dtype)
@@ -79,7 +82,7 @@ class AdapterSource:
 
     def companions(self) -> Sequence[Path]:
         """The files beside the base."""
-        return self._base.companions()
+        return self.base.companions()
 
     def _read_own(self, key: str, rows: tuple[int, int] | None = None) -> Tensor:
         return self._own.read(self._own.aliases.get(key, key), rows)
@@ -87,7 +90,7 @@ class AdapterSource:
     def _stand_in(self, name: str, edit: Edit, rows: tuple[int, int] | None) -> Tensor:
         """What the change is added to: the base's tensor, or the adapter's own in its place, as the base stores it."""
         if edit.replaced is None:
-            return self._base.read(name, rows)
+            return self.base.read(name, rows)
         return self._read_own(edit.replaced, rows).to(TORCH_DTYPES[self.infos[name].dtype])
 
     def _factors(self, change: LowRank, rows: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

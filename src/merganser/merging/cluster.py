@@ -41,7 +41,7 @@ from merganser.merging.run import (
     peak_bytes,
     plan_any,
 )
-from merganser.merging.vocabulary_rows import unwrapped
+from merganser.merging.vocabulary_rows import beneath
 
 
 def merge_on(
@@ -199,7 +199,7 @@ def moved_bytes(merged: Merged, name: str) -> int:
     total = tensor.info.nbytes
     for piece in dict.fromkeys(p for p in (*tensor.models, tensor.base) if p is not None):
         source = merged.plan.sources[piece.ref]
-        stage = unwrapped(source)
+        stage = beneath(source)
         if isinstance(stage, Merged) and piece.name in stage.infos:
             total += moved_bytes(stage, piece.name)
         else:

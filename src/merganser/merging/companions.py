@@ -13,7 +13,7 @@ from merganser.merging.config_depth import Described, deepen
 from merganser.merging.layers import depths, place_of
 from merganser.merging.plan import Plan
 from merganser.merging.tokenizer_json import CONFIG_NAME, TEMPLATE_NAMES, is_tokenizer_file
-from merganser.merging.vocabulary_rows import unwrapped
+from merganser.merging.vocabulary_rows import adapters_on, beneath
 from merganser.types import FLOAT_DTYPES
 
 CARD_NAME = "README.md"
@@ -75,7 +75,7 @@ def _files(plan: Plan) -> dict[str, _File]:
 
 def _files_of(plan: Plan, ref: str) -> dict[str, _File]:
     source = plan.sources[ref]
-    inner = getattr(unwrapped(source), "plan", None)
+    inner = getattr(beneath(source), "plan", None)
     return _files(inner) if isinstance(inner, Plan) else {path.name: path for path in source.companions()}
 
 
@@ -183,6 +183,7 @@ def _inputs(plan: Plan) -> list[str]:
     """References of everything that is read from files, through all stages."""
     found: list[str] = []
     for ref, source in plan.sources.items():
-        inner = getattr(unwrapped(source), "plan", None)
+        inner = getattr(beneath(source), "plan", None)
         found += _inputs(inner) if isinstance(inner, Plan) else [ref]
+        found += [adapter.ref for adapter in adapters_on(source)]
     return found

@@ -34,7 +34,7 @@ from merganser.merging.merged import Merged
 from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.spectra import leading
 from merganser.merging.survey import cell_rows, chunk_rows
-from merganser.merging.vocabulary_rows import unwrapped
+from merganser.merging.vocabulary_rows import beneath
 from merganser.numerics import TORCH_DTYPES, product
 
 #: Share of a layer's input directions that count as leading.
@@ -250,7 +250,7 @@ def _measured(plan: Plan, tensor: TensorPlan) -> _Found:
 
 def _stage(plan: Plan, piece: Piece) -> Merged | None:
     """The merge that a tensor comes from; None where it comes from a file."""
-    source = unwrapped(plan.sources[piece.ref])
+    source = beneath(plan.sources[piece.ref])
     return source if isinstance(source, Merged) else None
 
 

@@ -42,7 +42,7 @@ from merganser.merging.plan import Piece, Plan, TensorPlan
 from merganser.merging.post import finished
 from merganser.merging.ranking import SAMPLE_ELEMENTS, Ranked, ranked
 from merganser.merging.survey import cell_rows, chunk_rows, inner_products, norm_ratios, spread_rows, sums
-from merganser.merging.vocabulary_rows import unwrapped
+from merganser.merging.vocabulary_rows import beneath
 from merganser.methods.joint import Joint, Locality, kept, names_of
 from merganser.numerics import all_finite, narrowed, sum_of_squares
 from merganser.types import TensorInfo
@@ -88,7 +88,7 @@ class Merged:
         """The merges that this one reads, each behind those that it reads itself; this one is the last."""
         found: dict[int, Merged] = {}
         for source in self.plan.sources.values():
-            if isinstance(stage := unwrapped(source), Merged):
+            if isinstance(stage := beneath(source), Merged):
                 found |= {id(one): one for one in stage.stages() if id(one) not in found}
         return [*found.values(), self]
 
@@ -161,7 +161,7 @@ class Merged:
         self._held.pop(tensor.pieces, None)
         self.readers.forget(tensor.pieces)
         for piece in tensor.pieces:
-            if isinstance(stage := unwrapped(self.plan.sources[piece.ref]), Merged):
+            if isinstance(stage := beneath(self.plan.sources[piece.ref]), Merged):
                 stage.forget(piece.name)
 
     # what goes into the function
@@ -175,7 +175,7 @@ class Merged:
                 refuse_nonfinite(piece, x)
             return stored
 
-        computed = any(isinstance(unwrapped(self.plan.sources[piece.ref]), Merged) for piece in tensor.pieces)
+        computed = any(isinstance(beneath(self.plan.sources[piece.ref]), Merged) for piece in tensor.pieces)
         read = each if computed else self.readers.of(tensor.pieces, each, tensor.info.rows)
         held = self._held_of(tensor) if again else self._held.get(tensor.pieces)
         return read(rows) if held is None else held.stored(rows, lambda: read(rows), again=again)

@@ -38,10 +38,6 @@ DIFFERENCES: Mapping[str, str] = {
         "such lists get the new numbers, and a layer without tensors that the config asks for in its place, which "
         "would be drawn at random when the model is loaded, is an error."
     ),
-    "An adapter on an earlier document's output": (
-        "mergekit applies it to the folder of that stage; here nothing is written between stages, and it is an error "
-        "that says so."
-    ),
     "Tied and untied models together": (
         "mergekit writes a head, and a config that ties it away; here the output is untied and its config says so."
     ),

@@ -46,7 +46,6 @@ from merganser.merging.common import (
     SOURCES,
     Origin,
     base_of_slice,
-    parts_of,
     read_dtype,
     read_keep,
     read_member,
@@ -124,7 +123,7 @@ def read_recipes(path: Path, *, lenient: bool = False) -> tuple[tuple[Recipe, ..
         recipe = replace(recipe, name=name, text=document.text, written=dict(origin.written))
         if recipe.method:
             problems.found(check_method(recipe, words), document.lines)
-        _refuse_adapters_of_stages(document, recipe, origin)
+        _refuse_recipes_as_adapters(document, recipe, origin)
         recipes.append((document, recipe))
     ordered = _sorted(recipes)
     problems.refuse(path)
@@ -142,14 +141,12 @@ def _refuse_names(documents: Sequence[Node], names: Sequence[str | None]) -> Non
         document.error("name is missing; only one recipe of a file, the last to run, may have none")
 
 
-def _refuse_adapters_of_stages(document: Node, recipe: Recipe, origin: Origin) -> None:
-    """Refuse an adapter on the output of another recipe, which is nowhere on disk."""
+def _refuse_recipes_as_adapters(document: Node, recipe: Recipe, origin: Origin) -> None:
+    """Refuse another recipe's output in the place of an adapter; it may be what one is applied to."""
     for ref in recipe.refs if recipe.adapter is None else ():
-        if ref not in origin.names and (made := next(parts_of(ref, origin.names), None)):
-            document.error(
-                f"{short(origin.written.get(ref, ref))}: {made} is a recipe of this file, and an adapter is applied to "
-                "what is on disk; merge it first, and name the folder"
-            )
+        adapters = ref.split("+")[1:] if ref not in origin.names else ()
+        if made := next((part for part in adapters if part in origin.names), None):
+            document.error(f"{short(origin.written.get(ref, ref))}: {made} is a recipe of this file, and no adapter")
 
 
 def _sorted(recipes: Sequence[tuple[Node, Recipe]]) -> tuple[Recipe, ...]:

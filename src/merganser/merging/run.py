@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from merganser.checkpoints import open_source
+from merganser.checkpoints import local_path, open_adapter, open_source
 from merganser.checkpoints.folder import stem_for
 from merganser.checkpoints.lora_config import CONFIG_NAME
 from merganser.checkpoints.overlap import refuse_overlap, stamp
@@ -32,7 +32,7 @@ from merganser.merging.merged import CHUNK_ELEMENTS, Merged
 from merganser.merging.native import read_recipes
 from merganser.merging.plan import make_plan
 from merganser.merging.recipe import Recipe
-from merganser.merging.vocabulary_rows import unwrapped
+from merganser.merging.vocabulary_rows import adapters_on, beneath, unwrapped
 from merganser.numerics import TORCH_DTYPES
 from merganser.types import Source
 from merganser.version import __version__
@@ -85,9 +85,9 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
             )
         refs = (*recipe.refs, *recipe.statistics)
         for ref in refs:
-            if ref not in stages and ref not in opened:
-                opened[ref] = Digested(open_source(ref)) if digests else open_source(ref)
-        sources = {ref: stages[ref] if ref in stages else opened[ref] for ref in refs}
+            if ref not in opened:
+                opened[ref] = _on_stage(ref, stages) or _from_files(ref, digests=digests)
+        sources = {ref: opened[ref] for ref in refs}
         merged = Merged(make_plan(recipe, sources), chunk_elements=chunk_elements)
         if recipe.name is not None:
             stages[recipe.name] = merged
@@ -95,6 +95,19 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
         raise ParameterError("there is no recipe to run")
     check_companions(merged.plan)
     return merged
+
+
+def _on_stage(ref: str, stages: Mapping[str, Source]) -> Source | None:
+    """The output of an earlier recipe, with adapters applied to it or not; None where a reference is to files alone."""
+    if ref in stages or "+" not in ref or local_path(ref).exists():
+        return stages.get(ref)
+    below, _, adapter = ref.rpartition("+")
+    stage = _on_stage(below, stages)
+    return open_adapter(adapter, stage) if stage is not None else None
+
+
+def _from_files(ref: str, *, digests: bool) -> Source:
+    return Digested(open_source(ref)) if digests else open_source(ref)
 
 
 def plan_any(
@@ -309,8 +322,9 @@ def _sizes(merged: Merged | AdapterMerge) -> dict[str, int]:
 
 def files_of(merged: Merged) -> dict[str, Source]:
     """Every source that is read from files, through all stages, by its reference."""
-    sources = {ref: unwrapped(source) for stage in merged.stages() for ref, source in stage.plan.sources.items()}
-    return {ref: source for ref, source in sources.items() if not isinstance(source, Merged)}
+    sources = {ref: source for stage in merged.stages() for ref, source in stage.plan.sources.items()}
+    found = {ref: unwrapped(source) for ref, source in sources.items() if not isinstance(beneath(source), Merged)}
+    return found | {adapter.ref: adapter for source in sources.values() for adapter in adapters_on(source)}
 
 
 def digests_of(source: Source) -> dict[str, str]:

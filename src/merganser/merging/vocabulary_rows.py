@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from merganser.checkpoints.adapter import AdapterSource
 from merganser.checkpoints.tied_head import Tied
 from merganser.continual.roles import literal, matches
 from merganser.errors import DtypeError, MissingTensorError, ShapeError
@@ -275,3 +276,18 @@ def unwrapped(source: Source) -> Source:
     while isinstance(source, VocabularyView | Tied):
         source = source.source
     return source
+
+
+def adapters_on(source: Source) -> list[AdapterSource]:
+    """Adapters on another recipe's output, the last one first; those of files are part of their source."""
+    found: list[AdapterSource] = []
+    while isinstance(source := unwrapped(source), AdapterSource):
+        found.append(source)
+        source = source.base
+    return found
+
+
+def beneath(source: Source) -> Source:
+    """What a model is without its views and without adapters on another recipe's output."""
+    adapters = adapters_on(source)
+    return unwrapped(adapters[-1].base if adapters else source)

@@ -140,6 +140,3 @@ def test_unequal_parts_take_at_most_the_mean_load_and_the_bound_of_list_scheduli
     found = simulated(parts_of(sizes), number, lambda part: part.size)
     best = max(sum(sizes) / number, *sizes)
     assert best - 1e-9 <= found.wall_s <= sum(sizes) / number + max(sizes) * (1 - 1 / number) + 1e-9
-
-
-# whole merges, with workers that are this process

@@ -12,8 +12,9 @@ from adapter_helpers import pair, written
 from merganser.checkpoints.overlap import stamp
 from merganser.errors import MerganserError, OutputError, RefError
 from merganser.merging.native import read_recipes
-from merganser.merging.run import files_of, merge, plan_recipes
+from merganser.merging.run import files_of, job_bytes, merge, plan_recipes
 from support import load, save
+from vocabulary_helpers import family_at
 
 MEAN = "method: linear\nmodels: [m0, m1]\n"
 OUTER = "method: ties\nbase: m0\nmodels: [{ref}, m2]\nsettings: {{density: 0.6}}\n"
@@ -82,8 +83,62 @@ def test_output_in_the_adapter_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        ("models: [base, more]\nvocabulary: union\n", "models: [REF, chat]\nvocabulary: union\n"),
+        ("models: [base, more]\nvocabulary: union\n", "models: [chat, REF]\nvocabulary: REF\n"),
+        ("models: [base, wide]\nvocabulary: wide\n", "models: [REF, more]\nvocabulary: union\n"),  # as many rows
+    ],
+)
+def test_vocabulary_is_that_of_the_recipe_and_not_of_its_donor(tmp_path: Path, inner: str, outer: str) -> None:
+    family_at(tmp_path)
+    shape = load(tmp_path / "base")["model.layers.0.mlp.up_proj.weight"].shape
+    written(tmp_path / "lora", pair("model.layers.0.mlp.up_proj", *shape), target_modules=["up_proj"])
+    inner, outer = (f"method: linear\n{text}" for text in (inner, outer))
+    run(tmp_path, "stage", inner)
+    expected = run(tmp_path, "expected", outer.replace("REF", "stage+lora"))
+    found = run(tmp_path, "found", f"name: S\n{inner}---\n{outer.replace('REF', 'S+lora')}")
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    for file in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "found" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+
+
+def test_identity_of_an_adapter_is_its_own_whatever_it_is_applied_to(folder: Path) -> None:
+    found = set()
+    for k, models in enumerate(("[S+lora, m1]", "[S+dora+lora, m1]", "[S+lora, S+dora+lora]", "[S+dora+lora, S+lora]")):
+        run(folder, f"o{k}", f"name: S\n{MEAN}---\nmethod: linear\nmodels: {models}\n")
+        receipt = json.loads((folder / f"o{k}" / "merganser.json").read_text("utf-8"))
+        found.add(receipt["inputs"][str(folder / "lora")]["identity"])
+    assert len(found) == 1
+
+
+def test_prediction_counts_the_earlier_recipe_and_what_is_held_of_it_beneath_an_adapter(folder: Path) -> None:
+    sizes = []
+    for ref in ("m1", "mean", "mean+lora"):
+        (folder / "r.yaml").write_text(f"name: mean\n{MEAN}---\n{OUTER.format(ref=ref)}", "utf-8")
+        sizes.append(job_bytes(plan_recipes(read_recipes(folder / "r.yaml")[0]), "q.weight"))
+    assert sizes[0] < sizes[1]
+    assert sizes[2] == sizes[1] + 2 * 700 * 300
+
+
+@pytest.mark.parametrize("below", ["a+b", "a"])
+def test_folders_may_have_a_plus_in_their_names(tmp_path: Path, below: str) -> None:
+    place = tmp_path / below
+    x = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    save({"q.weight": x}, place / "m")
+    written(place / "lo+ra", pair("q", 20, 30), target_modules=["q"])
+    (place / "r.yaml").write_text("method: passthrough\nmodels: [m+lo+ra]\n", "utf-8")
+    found = load(merge(place / "r.yaml", tmp_path / "out"))["q.weight"]
+    a, b = (pair("q", 20, 30)[f"q.lora_{letter}.weight"].double() for letter in "AB")
+    torch.testing.assert_close(found.double(), x.double() + b @ a, rtol=1e-6, atol=0)
+    with pytest.raises(OutputError, match="lies within what is read"):
+        merge(place / "r.yaml", place / "lo+ra" / "out")
+
+
+@pytest.mark.parametrize(
     ("ref", "message"),
     [
+        ("mean+", "names no adapter behind the plus"),
         ("mean+m1", "m1 is no adapter, and only an adapter can be applied to mean"),
         ("m0+m1", "m1 is no adapter, and only an adapter can be applied to "),
         ("mean+lost", "lost does not exist"),

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from merganser.errors import ParameterError
+from merganser.merging import companions
+from merganser.merging.layers import Place, place_of
 from merganser.merging.recipe import Input, Recipe, Slice
 from merganser.merging.run import plan_recipes, run
 from merging_helpers import layered, recipe
@@ -159,3 +161,21 @@ def test_what_a_layer_has_more_than_its_place_asks_for_is_no_gap(tmp_path: Path)
     assert config_of(tmp_path / "out", stack((one, 0, 2), (one, 0, 2))) == {"num_hidden_layers": 4}
     with pytest.raises(ParameterError, match=r"which has no bias; config\.json"):
         plan_recipes([stack((one, 1, 2), (one, 0, 2))])
+
+
+def test_names_are_looked_at_in_proportion_to_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked_at(count: int) -> int:
+        looks = 0
+
+        def counted(name: str) -> Place | None:
+            nonlocal looks
+            looks += 1
+            return place_of(name)
+
+        merged = plan_recipes((stack((model(tmp_path / str(count), None, count), 0, count)),))
+        with monkeypatch.context() as patch:
+            patch.setattr(companions, "place_of", counted)
+            run(merged, tmp_path / f"out-{count}")
+        return looks
+
+    assert looked_at(160) <= 4.4 * looked_at(40)

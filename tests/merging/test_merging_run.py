@@ -70,61 +70,6 @@ def test_same_bits_in_any_chunks_and_threads_and_processes(method: str, tmp_path
         assert all(torch.equal(found[n].view(torch.int32), whole[n].view(torch.int32)) for n in whole), elements
 
 
-class Counting:
-    """A source that keeps count of the rows that are read of it."""
-
-    def __init__(self, source: Any) -> None:
-        self._source, self.rows = source, 0
-        self.ref, self.infos, self.aliases, self.identity = source.ref, source.infos, source.aliases, None
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        found = self._source.read(name, rows)
-        self.rows += len(found)
-        return found
-
-    def companions(self) -> tuple[Path, ...]:
-        return ()
-
-
-@pytest.mark.parametrize(
-    ("method", "settings", "passes"),
-    [
-        ("linear", {}, 1),
-        ("ties", {"density": 0.3}, 2.3),  # the ranks, with a sample of the rows
-        ("karcher", {}, 2),
-        ("dare_ties", {"rescale": "l1"}, 2),
-        ("della", {"rescale": "l1"}, 2),
-        ("sce", {"select_topk": 0.5}, 3.3),
-    ],
-)
-def test_every_model_is_read_a_fixed_number_of_times_and_a_small_one_once(
-    method: str, settings: dict[str, Any], passes: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import merganser.merging.held as held
-    import merganser.merging.merged as module
-    from memory_source import MemorySource
-    from merganser.merging.merged import Merged
-    from merganser.merging.plan import make_plan
-
-    generator = torch.Generator().manual_seed(0)
-    tensors = [{"a.weight": torch.randn(400, 1000, generator=generator)} for _ in range(3)]
-    base = Input("m0") if method not in ("linear", "karcher") else None
-    found, read = [], []
-    for most in (held.HELD_BYTES, 0):
-        monkeypatch.setattr(held, "HELD_BYTES", most)
-        monkeypatch.setattr(module, "HELD_BYTES", most)
-        sources = {f"m{i}": Counting(MemorySource(f"m{i}", t)) for i, t in enumerate(tensors)}
-        plan = make_plan(Recipe(method, (Slice((Input("m1"), Input("m2"))),), base, settings=settings), sources)
-        merged = Merged(plan, chunk_elements=1)
-        parts = list(merged.chunks("a.weight"))
-        assert len(parts) > 5
-        found.append(torch.cat([merged.read("a.weight", rows) for rows in parts]))
-        read.append(sources["m1"].rows)
-    assert read[0] == 400
-    assert 400 * int(passes) <= read[1] <= 400 * passes
-    assert torch.equal(found[0], found[1])
-
-
 def test_ties_is_that_of_a_float64_loop(family: list[Path], tmp_path: Path) -> None:
     found = merged(tmp_path / "out", recipe("ties", family[1:], family[0], settings={"density": 0.4, "scale": 0.7}))
     base, models = load(family[0]), [load(f) for f in family[1:]]

@@ -24,7 +24,7 @@ from merganser.checkpoints.views import anonymous
 from merganser.errors import RefError
 from merganser.types import Source
 
-__all__ = ["local_path", "open_adapter", "open_source"]
+__all__ = ["base_and_adapter", "local_path", "open_adapter", "open_source"]
 
 _HUB_ID = re.compile(r"(?:hf:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -52,8 +52,8 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
         return _open_local_folder(path, ref, base)
     if path.exists():
         return open_weights(path, ref, key or None)
-    if "+" in ref:
-        base_ref, _, adapter_ref = ref.rpartition("+")
+    base_ref, adapter_ref = base_and_adapter(ref)
+    if base_ref is not None:
         # The base is the reference's own, so its bytes belong to what is read: no identity stands for them.
         return anonymous(open_adapter(adapter_ref, open_source(base_ref)))
     hub_id = _HUB_ID.fullmatch(ref)
@@ -66,6 +66,34 @@ def open_source(ref: str | os.PathLike[str], *, base: Source | None = None) -> S
 
         return _open_local_folder(snapshot(hub_id["repo"], hub_id["revision"]), ref, base)
     raise RefError(f"{ref} does not exist", _nearest(path))
+
+
+def base_and_adapter(ref: str, folder: Path = Path()) -> tuple[str | None, str]:
+    """Base and adapter of BASE+ADAPTER; None and the reference itself where it is no such reference.
+
+    Folders may have a plus in their names: it is cut at the last one behind which something is there, if there is one.
+
+    Args:
+        ref: a reference.
+        folder: that relative paths are seen from.
+
+    Raises:
+        RefError: If no adapter is named behind a plus.
+
+    >>> base_and_adapter("org/model+org/lora"), base_and_adapter("org/model")
+    (('org/model', 'org/lora'), (None, 'org/model'))
+    """
+    if "+" not in ref or _is_there(folder, ref):
+        return None, ref
+    if ref.endswith("+"):
+        raise RefError(f"{ref} names no adapter behind the plus", "write BASE+ADAPTER, or the base alone")
+    pieces = ref.split("+")
+    cuts = [("+".join(pieces[:i]), "+".join(pieces[i:])) for i in range(len(pieces) - 1, 0, -1)]
+    return next((cut for cut in cuts if _is_there(folder, cut[1])), cuts[0])
+
+
+def _is_there(folder: Path, ref: str) -> bool:
+    return (folder / local_path(ref.partition("::")[0])).exists()
 
 
 def open_adapter(ref: str, base: Source) -> Source:

@@ -47,13 +47,20 @@ class AdapterSource:
         self.aliases: Mapping[str, str] = base.aliases
         own = dict(self._own.infos) | {alias: self._own.infos[name] for alias, name in self._own.aliases.items()}
         seen = dict(base.infos) | {alias: base.infos[name] for alias, name in base.aliases.items()}
+        if hasattr(base, "tokenizer_files"):  # of another vocabulary than its companions are
+            self.tokenizer_files: Mapping[str, bytes] = base.tokenizer_files
         self._edits = self._fold_ties(place(own, self._config, seen, base.ref))
         self._norms: dict[str, Tensor] = {}
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 over the adapter and its settings; what it is applied to is the caller's to know."""
-        return _identity(self._own, self._config, self.base)
+        """SHA-256 over the adapter, its settings and its base's identity; other bases are the caller's to know."""
+        return _identity(self._own, self._config, self.base.identity)
+
+    @property
+    def own_identity(self) -> str:
+        """The same of the adapter alone, whatever it is applied to."""
+        return _identity(self._own, self._config, None)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """Read one tensor, or rows [start, stop) of it, with the adapter applied; a slice has the bits of the whole.
@@ -179,9 +186,9 @@ def _open_own(folder: Path, ref: str) -> Source:
     raise CheckpointError(f"{folder} holds neither adapter_model.safetensors nor adapter_model.bin")
 
 
-def _identity(own: Source, config: LoraConfig, base: Source) -> str:
+def _identity(own: Source, config: LoraConfig, base: str | None) -> str:
     """SHA-256 of the adapter's tensors and the settings that count, and of the base's identity if it has one."""
-    digest = hashlib.sha256(f"{config.canonical()}\n{base.identity or ''}\n".encode())
+    digest = hashlib.sha256(f"{config.canonical()}\n{base or ''}\n".encode())
     for name, info in own.infos.items():
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
         digest.update(own.read(name).reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -6,13 +6,15 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from merganser.checkpoints import base_and_adapter, local_path
 from merganser.errors import OutputError
 
 
 def local_paths(ref: str) -> list[Path]:
     """What is on this machine of the parts of a reference, with links resolved."""
-    parts = [ref] if Path(ref).exists() else [part.partition("::")[0] for part in ref.split("+")]
-    return [path.resolve() for path in (Path(part).expanduser() for part in parts) if path.exists()]
+    base, last = base_and_adapter(ref)
+    path = local_path(last.partition("::")[0])
+    return [*(local_paths(base) if base is not None else ()), *([path.resolve()] if path.exists() else ())]
 
 
 def stamp(refs: Iterable[str]) -> str:

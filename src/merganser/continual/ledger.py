@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from merganser.checkpoints import local_path, open_source
+from merganser.checkpoints import base_and_adapter, local_path, open_source
 from merganser.checkpoints.writer import sync, write_json
 from merganser.continual.roles import Role
 from merganser.errors import RefError, StateError
@@ -143,8 +143,8 @@ def write_record(folder: Path, file: str, record: _Strict) -> None:
 
 def absolute_ref(ref: str) -> str:
     """A local reference made independent of the working directory; hub references as they are."""
-    if "+" in ref and not local_path(ref).exists():
-        base, _, adapter = ref.rpartition("+")
+    base, adapter = base_and_adapter(ref)
+    if base is not None:
         return f"{absolute_ref(base)}+{absolute_ref(adapter)}"
     path, separator, key = ref.partition("::")
     local = local_path(path)
@@ -157,7 +157,7 @@ def short_name(ref: str) -> str:
     >>> short_name("/models/digits-tuned"), short_name("/models/a.safetensors"), short_name("hf:org/name@v2")
     ('digits-tuned', 'a', 'name@v2')
     """
-    path = Path(ref.rpartition("+")[2])
+    path = Path(base_and_adapter(ref)[1])
     return path.stem if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") else path.name
 
 

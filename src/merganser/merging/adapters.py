@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merganser.checkpoints import local_path, open_source
+from merganser.checkpoints import base_and_adapter, local_path, open_source
 from merganser.checkpoints.folder import open_weights
 from merganser.checkpoints.lora_config import CONFIG_NAME, LoraConfig, read_config
 from merganser.checkpoints.lora_edits import PREFIX, ROLES, Edit, place
@@ -100,14 +100,6 @@ def common(adapters: Sequence[Adapter], key: str) -> Any:
     return said[0] if said and all(one == said[0] for one in said) else None
 
 
-def parts_of(ref: str) -> tuple[str | None, str]:
-    """Base and adapter of BASE+ADAPTER; None and the reference itself where it is an adapter's."""
-    if "+" not in ref or local_path(ref).exists():
-        return None, ref
-    base, _, adapter = ref.rpartition("+")
-    return base, adapter
-
-
 def _base_of(recipe: Recipe, refs: Sequence[str], digests: bool) -> Source | None:
     """The base that the recipe or its references name.
 
@@ -115,7 +107,7 @@ def _base_of(recipe: Recipe, refs: Sequence[str], digests: bool) -> Source | Non
         AdapterError: If they name different ones.
     """
     named = {} if recipe.base is None else {"the recipe": recipe.base.ref}
-    named |= {ref: base for ref in refs if (base := parts_of(ref)[0]) is not None}
+    named |= {ref: base for ref in refs if (base := base_and_adapter(ref)[0]) is not None}
     if len({_place(base) for base in named.values()}) > 1:
         listed = "; ".join(f"{who} says {base}" for who, base in named.items())
         raise AdapterError(
@@ -133,7 +125,7 @@ def _place(ref: str) -> str:
 
 
 def _opened(ref: str, base: Source | None, digests: bool) -> Adapter:
-    folder = _folder_of(parts_of(ref)[1], ref)
+    folder = _folder_of(base_and_adapter(ref)[1], ref)
     if not (folder / CONFIG_NAME).is_file():
         raise RefError(
             f"{ref} is no adapter: it holds no {CONFIG_NAME}",

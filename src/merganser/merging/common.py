@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from merganser.checkpoints import base_and_adapter
 from merganser.merging.chat_templates import TEMPLATES
 from merganser.merging.checking import base_use
 from merganser.merging.lookup import merge_names, rules_of
@@ -54,8 +55,8 @@ class Origin:
         path = self.folder / name
         if not Path(name).is_absolute() and not name.startswith("~") and _exists(path):
             return f"{path}{colons}{key}"
-        if "+" in ref and not _exists(Path(name)):
-            base, _, adapter = ref.rpartition("+")
+        base, adapter = base_and_adapter(ref, self.folder)
+        if base is not None and not _exists(Path(name)):
             return f"{self.located(base)}+{self.located(adapter)}"
         return ref
 

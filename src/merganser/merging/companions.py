@@ -112,7 +112,8 @@ def _adapted(name: str, config: Mapping[str, Any], plan: Plan) -> dict[str, Any]
 def _deepened(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The donor's config for as many layers as the output has, and of the kinds that they are."""
     origins = _origins(plan)
-    models = {ref: _described(plan, ref) for found in origins.values() for ref, _ in found.values()}
+    refs = dict.fromkeys(ref for found in origins.values() for ref, _ in found.values())
+    models = {ref: _described(plan, ref) for ref in refs}
     donor = models[plan.donor] = replace(_described(plan, plan.donor), config=config)
     after: dict[str, list[tuple[Described, int]]] = {}
     for stack, found in origins.items():
@@ -120,7 +121,7 @@ def _deepened(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
             continue
         after[stack] = []
         for number in range(plan.layers[stack]):
-            near = min(found, key=lambda n: abs(n - number))  # itself, but for numbers that no tensor has
+            near = number if number in found else min(found, key=lambda n: abs(n - number))
             model, layer = models[found[near][0]], found[near][1] + number - near
             after[stack].append((model, max(0, min(layer, model.depths[stack] - 1))))
     return deepen(donor, after)

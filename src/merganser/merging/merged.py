@@ -33,6 +33,7 @@ from merganser.merging.parts import (
     packed,
     refuse_nonfinite,
     restored,
+    score_bytes,
     seen,
     spans_of,
     unpacked,
@@ -188,7 +189,7 @@ class Merged:
             return 0
         asked, elements = self._asked(tensor, names_of(self._rule(tensor)[0])), prod(tensor.info.shape)
         stored = sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in tensor.pieces)
-        scores, bits = 4 * elements if row.shared else 0, elements * len(tensor.models) // 8
+        scores, bits = score_bytes(tensor, self.plan.sources) if row.shared else 0, elements * len(tensor.models) // 8
         held = stored if asked and stored <= HELD_BYTES else 0
         held += scores if asked and scores <= SCORES_OVER_STORED * HELD_BYTES else 0
         return held + (bits if "stretch" in asked and bits <= HELD_BYTES else 0)
@@ -197,7 +198,7 @@ class Merged:
         pieces = tensor.pieces
         if pieces not in self._held:
             nbytes = sum(self.plan.sources[p.ref].infos[p.name].nbytes for p in pieces)
-            self._held[pieces] = Held(nbytes, 4 * prod(tensor.info.shape))
+            self._held[pieces] = Held(nbytes, score_bytes(tensor, self.plan.sources))
         return self._held[pieces]
 
     def stack(
@@ -336,7 +337,10 @@ class Merged:
             return (self._scores(tensor, part) for part in parts)
 
         def differing() -> list[int]:
-            return [sum(int(torch.count_nonzero(x)) for x in of) for of in zip(*scores(), strict=True)]
+            counts = [0] * models
+            for part in scores():
+                counts = [n + int(torch.count_nonzero(x)) for n, x in zip(counts, part, strict=True)]
+            return counts
 
         spans = spans_of(row.ranks, numel, self._given(tensor), models, differing)
         sought = [None if start == stop or (start, stop) == (0, numel) else (start, stop) for start, stop in spans]

@@ -144,7 +144,7 @@ def _refuse_names(documents: Sequence[Node], names: Sequence[str | None]) -> Non
 def _refuse_recipes_as_adapters(document: Node, recipe: Recipe, origin: Origin) -> None:
     """Refuse another recipe's output in the place of an adapter; it may be what one is applied to."""
     for ref in recipe.refs if recipe.adapter is None else ():
-        adapters = ref.split("+")[1:] if ref not in origin.names else ()
+        adapters = origin.written.get(ref, ref).split("+")[1:]
         if made := next((part for part in adapters if part in origin.names), None):
             document.error(f"{short(origin.written.get(ref, ref))}: {made} is a recipe of this file, and no adapter")
 

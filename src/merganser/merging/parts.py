@@ -19,6 +19,7 @@ from merganser.merging.ranking import Ranked, Span
 from merganser.merging.recipe import Recipe
 from merganser.noise import uniform
 from merganser.numerics import all_finite, compute_dtype, narrowed
+from merganser.types import Source
 
 
 @dataclass
@@ -89,6 +90,12 @@ def widened(stored: list[Tensor], *, based: bool, changes: bool) -> tuple[list[T
     if not changes or base is None:
         return [x.to(dtype) for x in models], base
     return [x.to(dtype) - base if x.dtype == dtype else x.to(dtype).sub_(base) for x in models], base
+
+
+def score_bytes(tensor: TensorPlan, sources: Mapping[str, Source]) -> int:
+    """Bytes of one score for every entry, in the type of the arithmetic."""
+    double = any(sources[p.ref].infos[p.name].dtype == "F64" for p in tensor.pieces)
+    return (8 if double else 4) * prod(tensor.info.shape)
 
 
 def kept_of(measured: Measured, scores: Sequence[Tensor]) -> list[Tensor]:

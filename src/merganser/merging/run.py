@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from merganser.checkpoints import local_path, open_adapter, open_source
+from merganser.checkpoints import base_and_adapter, open_adapter, open_source
+from merganser.checkpoints.adapter import AdapterSource
 from merganser.checkpoints.folder import stem_for
 from merganser.checkpoints.lora_config import CONFIG_NAME
 from merganser.checkpoints.overlap import refuse_overlap, stamp
@@ -23,14 +24,13 @@ from merganser.continual.stream import Job, Progress, run_jobs, usable_threads
 from merganser.errors import ParameterError
 from merganser.merging.adapter_out import STEM, card_of, config_of, infos_of, receipt_of, write_target
 from merganser.merging.adapter_plan import AdapterMerge, plan_adapters
-from merganser.merging.adapters import parts_of
 from merganser.merging.ahead import reading_ahead
 from merganser.merging.companions import CARD_NAME, check_companions, write_companions
 from merganser.merging.digested import Digested
 from merganser.merging.folding import forget, measure, onward, recall, remember, size, unmeasured
 from merganser.merging.merged import CHUNK_ELEMENTS, Merged
 from merganser.merging.native import read_recipes
-from merganser.merging.plan import make_plan
+from merganser.merging.plan import Piece, make_plan
 from merganser.merging.recipe import Recipe
 from merganser.merging.vocabulary_rows import adapters_on, beneath, unwrapped
 from merganser.numerics import TORCH_DTYPES
@@ -99,9 +99,9 @@ def plan_recipes(recipes: Sequence[Recipe], *, chunk_elements: int = CHUNK_ELEME
 
 def _on_stage(ref: str, stages: Mapping[str, Source]) -> Source | None:
     """The output of an earlier recipe, with adapters applied to it or not; None where a reference is to files alone."""
-    if ref in stages or "+" not in ref or local_path(ref).exists():
+    below, adapter = base_and_adapter(ref)
+    if ref in stages or below is None:
         return stages.get(ref)
-    below, _, adapter = ref.rpartition("+")
     stage = _on_stage(below, stages)
     return open_adapter(adapter, stage) if stage is not None else None
 
@@ -122,7 +122,7 @@ def plan_any(
         return plan_recipes(recipes, chunk_elements=chunk_elements, digests=digests)
     names = {recipe.name for recipe in recipes if recipe.name is not None}
     for ref in recipes[-1].refs:
-        if made := [part for part in parts_of(ref) if part in names]:
+        if made := [part for part in base_and_adapter(ref) if part in names]:
             raise ParameterError(
                 f"{made[0]} is a recipe of this file, and adapters are merged from folders alone",
                 "merge it first, and name the folder",
@@ -229,7 +229,8 @@ def finish(
         "method": recipe.method,
         "dialect": recipe.dialect,
         "inputs": {
-            ref: {"identity": source.identity, "tensors": read.get(ref, {})} for ref, source in files_of(merged).items()
+            ref: {"identity": _identity(source), "tensors": read.get(ref, {})}
+            for ref, source in files_of(merged).items()
         },
         "resumed": sorted(writer.done),
         "seed": recipe.seed,
@@ -282,12 +283,24 @@ def job_bytes(merged: Merged, name: str) -> int:
     item = 8 if tensor.info.dtype == "F64" else 4
     matrix = MATRIX_BYTES if rows is None and is_matrix(tensor.role) else 0
     sources = [p for p in (*tensor.models, tensor.base) if p is not None]
+    below = sum(map(partial(_stage_bytes, merged), dict.fromkeys(tensor.pieces)))
     stored = sum(TORCH_DTYPES[merged.plan.sources[p.ref].infos[p.name].dtype].itemsize for p in sources)
     return (
         elements * (stored * (1 if rows is None else 2) + item * (2 * len(sources) + 6) + matrix)
         + merged.held_bytes(name)
+        + below
         + (1 << 20)
     )
+
+
+def _stage_bytes(merged: Merged, piece: Piece) -> int:
+    """Memory in bytes that an earlier recipe takes for a tensor, whole beneath an adapter, which reads in blocks."""
+    source = merged.plan.sources[piece.ref]
+    stage = beneath(source)
+    if not isinstance(stage, Merged) or piece.name not in stage.infos:
+        return 0
+    whole = stage.infos[piece.name].nbytes if adapters_on(source) else 0
+    return job_bytes(stage, piece.name) + whole
 
 
 def peak_bytes(merged: Merged | AdapterMerge, threads: int) -> int:
@@ -325,6 +338,10 @@ def files_of(merged: Merged) -> dict[str, Source]:
     sources = {ref: source for stage in merged.stages() for ref, source in stage.plan.sources.items()}
     found = {ref: unwrapped(source) for ref, source in sources.items() if not isinstance(beneath(source), Merged)}
     return found | {adapter.ref: adapter for source in sources.values() for adapter in adapters_on(source)}
+
+
+def _identity(source: Source) -> str | None:
+    return source.own_identity if isinstance(source, AdapterSource) else source.identity
 
 
 def digests_of(source: Source) -> dict[str, str]:

@@ -176,3 +176,10 @@ def test_ties_reads_transposed_tensors():
     d, keep = noise(0, 2, 5, 8), noise(1, 2, 5, 8) > 0
     straight = ties(d, weight=[1.0, 1.0], keep=keep)
     assert torch.equal(ties([x.T for x in d], weight=[1.0, 1.0], keep=[x.T for x in keep]), straight.T)
+
+
+def test_a_change_that_is_rescaled_to_nothing_has_no_share():
+    d = torch.tensor([[2.0, -3.0], [4.0, 5.0]], dtype=torch.float64)
+    keep = torch.ones(2, 2, dtype=torch.bool)
+    out = ties(d, weight=[1.0, 1.0], keep=keep, stretch=[0.0, 1.0], density=1.0, rescale="l1")
+    assert out.tolist() == [4.0, 5.0]  # and not half of them

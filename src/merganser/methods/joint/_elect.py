@@ -63,7 +63,7 @@ def elected(
         up, down, up_share, down_share = sides if w * factor >= 0 else (sides[1], sides[0], sides[3], sides[2])
         up.add_(torch.clamp(y, min=0, out=part), alpha=w * factor)
         down.add_(torch.clamp(y, max=0, out=part), alpha=w * factor)
-        if normalize:
+        if normalize and factor:
             up_share.add_(torch.gt(y, 0, out=part), alpha=abs(w))
             down_share.add_(torch.lt(y, 0, out=part), alpha=abs(w))
     if vote is None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from adapter_helpers import pair
+from adapter_helpers import written as adapter
 from cluster_helpers import SHARD_BYTES, InProcess, content, evened, family, half_then_gone, recipe, squares
 from command_line import run as run_command  # noqa: F401  # a fixture
 from documented import make_models
@@ -36,6 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def ways(models: list[Path]) -> dict[str, list[Recipe]]:
     base, *others = models
     half = recipe("linear", others, name="half", dtype="F32")
+    lora = adapter(base.parent / "lora", pair("large", 40, 36), target_modules=["large"])
     return {
         "linear": [recipe("linear", others)],
         "ties": [recipe("ties", others, base, settings={"density": 0.4})],
@@ -48,10 +51,13 @@ def ways(models: list[Path]) -> dict[str, list[Recipe]]:
             recipe("slerp", ["first"], base, settings={"t": 0.3}),
         ],
         "stages": [half, recipe("slerp", ["half"], base, settings={"t": 0.3})],
+        "adapted-stage": [half, recipe("slerp", [f"half+{lora}"], base, settings={"t": 0.3})],
     }
 
 
-@pytest.mark.parametrize("way", ["linear", "ties", "dare_ties", "iso_c", "gram", "opcm", "opcm-stage", "stages"])
+@pytest.mark.parametrize(
+    "way", ["linear", "ties", "dare_ties", "iso_c", "gram", "opcm", "opcm-stage", "stages", "adapted-stage"]
+)
 @pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 10**9])
 def test_parts_give_the_bytes_of_one_process_and_the_receipt_too(
     way: str, shard_bytes: int, models: list[Path], tmp_path: Path
